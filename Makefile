@@ -1,0 +1,69 @@
+# `make` alone lists what can be done.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Errors only; indexes, mirrors and certificates come from pip's own settings.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PYTHONS := $(PYTHON) python3.11 python3.12 python3
+
+.PHONY: help install quickstart test test-slow lint format bench clean
+
+help:  ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
+
+install: $(VENV)/.installed  ## Create .venv with everything (PYTHON=... picks the interpreter)
+
+# Runs again only when what is installed has changed.
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	@for python in $(PYTHONS) ""; do
+	    [ -n "$$python" ] || { echo "error: no Python 3.11 or 3.12 found; install the package python3.11, or name one: make install PYTHON=/path/to/python" >&2; exit 1; }
+	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && break
+	done
+	command -v "$${CXX:-c++}" >/dev/null || { echo "error: no C++ compiler found; install the package g++" >&2; exit 1; }
+	"$$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+	    || { echo "error: Python.h not found for $$python; install the package python3-dev" >&2; exit 1; }
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $$python cannot make virtual environments; install the package python3-venv" >&2; exit 1; }
+	rm -f $@
+	echo "[1/5] virtual environment: $$("$$python" --version)"
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	echo "[2/5] torch, with the dependencies of the build that pip chooses"
+	$(PIP) install --constraint requirements.txt "$$(grep '^torch==' requirements.txt)"
+	echo "[3/5] the other pinned packages"
+	$(PIP) install --no-deps -r requirements.txt -r requirements-dev.txt
+	echo "[4/5] n-musketeers"
+	$(PIP) install --no-deps --no-build-isolation -e .
+	echo "[5/5] DeepSpeed's communication op"
+	$(BIN)/python scripts/prebuild_deepspeed.py
+	touch $@
+
+quickstart: install  ## Train a router on a small example, from nothing
+	@$(BIN)/musketeers train configs/quickstart.yaml --overwrite
+
+test: lint  ## Lint, types, import rules and the fast tests
+	@$(BIN)/python -m pytest
+
+test-slow: install  ## The slow tests
+	@$(BIN)/python -m pytest -m slow
+
+lint: install  ## ruff, mypy, import-linter
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install  ## Let ruff order imports and format the code
+	@$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+bench: install  ## Run the benchmarks
+	@$(PIP) install --no-deps -r requirements-bench.txt
+	$(BIN)/python -m benchmarks
+
+clean:  ## Remove caches and build products (not .venv, not runs/)
+	@rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,229 @@
+"""A run's configuration: YAML plus `key=value` overrides, assembled from the sections of each package."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from experts.config import CacheConfig, ExpertConfig, RouterConfig
+from learner.config import AlgorithmConfig, LearnerConfig
+from rewards.config import DataConfig, RewardsConfig
+from rollout.config import PolicyConfig, SamplingConfig
+
+FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what to do."""
+
+
+class EvaluationConfig(BaseModel):
+    """What is measured, on held-out prompts, with greedy decoding.
+
+    prompts: held-out test prompts a task, before and after training.
+    validation_prompts, every: validation prompts a task, every so many steps; 0 switches it off.
+    router_examples: training prompts a task that the route-and-answer classifier learns from.
+    """
+
+    model_config = FROZEN
+    seed: int = 0
+    prompts: int = Field(200, ge=1)
+    validation_prompts: int = Field(50, ge=1)
+    every: int = Field(0, ge=0)
+    router_examples: int = Field(300, ge=1)
+    batch: int = Field(100, ge=1)
+
+
+class CheckpointConfig(BaseModel):
+    """Checkpoints: every so many steps, how many are kept, and whether each step's groups are (for replay)."""
+
+    model_config = FROZEN
+    every: int = Field(100, ge=1)
+    keep: int = Field(3, ge=1)
+    groups: bool = True
+
+
+class RayConfig(BaseModel):
+    """How the run meets Ray.
+
+    address: of a running cluster; None starts one on loopback, with the dashboard on.
+    deadline_s: limit of every remote wait; past it the run stops and names the stage that is stuck.
+    start_deadline_s: the same for workers that load models.
+    """
+
+    model_config = FROZEN
+    address: str | None = None
+    dashboard_port: int = Field(8265, ge=1, le=65535)
+    deadline_s: float = Field(600.0, gt=0)
+    start_deadline_s: float = Field(900.0, gt=0)
+
+
+class RunConfig(BaseModel):
+    """Everything a run depends on.
+
+    run: name of the run's folder under `root`.
+    seed: of training (router's start, sampling, expert dropout); zoo, data and evaluation have their own.
+    steps: updates of the router.
+    max_staleness: S; 0 trains every group under the router version that produced it.
+    threads: torch threads a worker; 0 shares the machine's cores among the workers of a stage.
+    """
+
+    model_config = FROZEN
+    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    root: str = "runs"
+    seed: int = 0
+    steps: int = Field(ge=1)
+    execution: Literal["ray", "inline"] = "ray"
+    max_staleness: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0)
+    data: DataConfig
+    experts: tuple[ExpertConfig, ...]
+    cache: CacheConfig = CacheConfig()
+    router: RouterConfig = RouterConfig()
+    policy: PolicyConfig
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> RunConfig:
+        names = [expert.name for expert in self.experts]
+        if not names:
+            raise ValueError("experts is empty: name at least one expert")
+        if len(set(names)) != len(names):
+            raise ValueError(f"experts holds a name twice: {names}")
+        if self.execution == "inline" and (self.learner.ranks > 1 or self.policy.workers > 1 or self.rewards.workers > 1):
+            raise ValueError("execution: inline runs in one process: set learner.ranks, policy.workers and rewards.workers to 1")
+        if self.max_staleness > 0:
+            raise ValueError("max_staleness above 0 (asynchronous training) is not supported yet: set it to 0")
+        if self.learner.groups % self.policy.workers:
+            raise ValueError(f"learner.groups {self.learner.groups} is not a multiple of policy.workers {self.policy.workers}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.root).expanduser() / self.run
+
+    def models(self) -> dict[str, str]:
+        """Configuration key -> model reference, the policy included."""
+        found = {f"experts.{index}.model": expert.model for index, expert in enumerate(self.experts)}
+        return {**found, "policy.model": self.policy.model}
+
+    def as_yaml(self) -> str:
+        """The resolved configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies `key=value` overrides (list items by index: `experts.0.model=...`).
+
+    Raises:
+        ConfigError: one line, naming the file or key and the remedy.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no configuration file {str(path)!r}")
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"{path} must hold keys and values at its top level")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        try:
+            OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
+            raise ConfigError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
+    return parse(OmegaConf.to_container(tree, resolve=True), str(path))
+
+
+def parse(values: Any, where: str) -> RunConfig:
+    """A configuration from plain data.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        raise ConfigError(f"{where}: {_explain(first)}{more}") from error
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        known = _keys_beside(error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys there: {', '.join(known)}"
+        return f"unknown key {key!r}: {hint}"
+    if error["type"] == "missing":
+        return f"missing key {key!r}: give it a value"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _keys_beside(loc: Sequence[str | int]) -> list[str]:
+    """Field names of the model that an unknown key was found in."""
+    model: Any = RunConfig
+    for part in loc[:-1]:
+        if isinstance(part, int) or not hasattr(model, "model_fields"):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]
+        model = inner[0] if inner else annotation
+    return list(getattr(model, "model_fields", {}))
+
+
+# What a resumed run may change: where and how fast it runs, never what it computes.
+RESUMABLE = (
+    "steps",
+    "root",
+    "execution",
+    "threads",
+    "ray",
+    "cache",
+    "checkpoint",
+    "evaluation",
+    "rewards.workers",
+    "rewards.timeout_s",
+    "learner.ranks",
+    "learner.zero_stage",
+    "learner.microbatch_tokens",
+    "learner.cpus",
+    "learner.gpus",
+    "learner.threads",
+    "policy.workers",
+    "policy.cpus",
+    "policy.gpus",
+    "policy.threads",
+)
+
+
+def changed_keys(saved: RunConfig, now: RunConfig) -> list[str]:
+    """Keys that differ and that a resumed run may not change."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+        if items is None:
+            return {prefix: value}
+        return {k: v for key, item in items for k, v in flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+    before, after = flat(saved.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [key for key in differing if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]

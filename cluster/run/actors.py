@@ -1,0 +1,142 @@
+"""The only module that knows Ray: joining or starting a cluster, and workers as actors."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.run.fleet import Reference
+from cluster.run.recipe import Recipe
+from cluster.run.scoring import ScoringWorker, WaveReport, wave_report
+from learner.engine import Rendezvous, free_port
+from learner.learner import LearnerRank, LearnerSpec
+from rewards.config import RewardsConfig
+from rewards.verify import Verifier
+from rollout.types import Prompt, Rollout, Score
+
+# What every worker's process is told: no usage statistics, no look-ups behind the user's back.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class ClusterError(RuntimeError):
+    """A cluster that cannot be joined or started."""
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """The cluster a run lives in.  `started` tells one of our own from one that was joined."""
+
+    dashboard_url: str | None
+    started: bool
+    token_path: str
+
+
+def join_cluster(address: str | None, dashboard_port: int, namespace: str) -> ClusterInfo:
+    """Joins the cluster at `address` (or RAY_ADDRESS), else starts one on loopback with its dashboard.
+
+    Raises:
+        ClusterError: naming the address that does not answer.
+    """
+    os.environ.update(QUIET)
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    environment = {"env_vars": {**QUIET, "PYTHONWARNINGS": "ignore"}}
+    common: dict[str, Any] = dict(namespace=namespace, logging_level="WARNING", log_to_driver=False, runtime_env=environment)
+    try:
+        if address:
+            context = ray.init(address=address, **common)
+        else:
+            context = ray.init(
+                _node_ip_address="127.0.0.1",
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=dashboard_port,
+                **common,
+            )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
+        raise ClusterError(f"{where} cannot be reached: {str(error).splitlines()[0]}") from error
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
+    return ClusterInfo(context.dashboard_url, not address, token)
+
+
+def leave_cluster() -> None:
+    """Ends this process's connection, and the cluster if it was our own."""
+    import ray
+
+    ray.shutdown()
+
+
+@dataclass
+class RayHandle:
+    """An actor."""
+
+    name: str
+    actor: Any
+
+    def call(self, method: str, *args: Any, returns: int = 1, **kwargs: Any) -> Reference:
+        """Starts a method; gives its reference, or one for each of several values."""
+        return getattr(self.actor, method).options(num_returns=returns).remote(*args, **kwargs)
+
+
+def spawn(recipe: Recipe, concurrency: int = 1) -> RayHandle:
+    """Starts an actor; calls to it wait until it is up.  The pipeline alone retries, never Ray."""
+    import ray
+
+    options: dict[str, Any] = dict(
+        name=recipe.name,
+        num_cpus=recipe.cpus,
+        num_gpus=recipe.gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        runtime_env={"env_vars": {**QUIET, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}},
+    )
+    if concurrency > 1:
+        options["max_concurrency"] = concurrency
+    return RayHandle(recipe.name, ray.remote(recipe.kind).options(**options).remote(*recipe.args))
+
+
+class AsyncScoringWorker(ScoringWorker):
+    """The reward stage as an asynchronous actor: calls wait for the scoring process without blocking the actor."""
+
+    def __init__(self, verifiers: Mapping[str, Verifier], config: RewardsConfig, index: int = 0) -> None:
+        super().__init__(verifiers, config, index)
+
+    async def score(self, rollout: Rollout) -> tuple[Rollout, WaveReport]:  # type: ignore[override]
+        """See `ScoringWorker.score`."""
+        start = time.perf_counter()
+        groups = await self.worker.score(list(rollout.groups))
+        return self._finished(rollout, groups, start)
+
+    async def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:  # type: ignore[override]
+        """See `ScoringWorker.score_texts`."""
+        return super().score_texts(prompts, texts)
+
+
+class LearnerActor(LearnerRank):
+    """A learner rank that is built in two steps: placed first, so that rank 0 can say where to meet."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        self.spec = spec
+        self.place = Rendezvous()
+
+    def rendezvous(self) -> tuple[str, int]:
+        """This actor's address and a free port on its node."""
+        import ray
+
+        return ray.util.get_node_ip_address(), free_port()
+
+    def join(self, place: Rendezvous) -> bool:
+        """Builds the rank."""
+        super().__init__(self.spec, place)
+        return True

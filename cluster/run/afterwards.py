@@ -1,0 +1,134 @@
+"""What is done with a finished run: measuring it again, and replaying one of its steps."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.config import RunConfig
+from cluster.run import checkpoint, groups
+from cluster.run.evaluate import Evaluator
+from cluster.run.folder import RunFolder, RunFolderError
+from cluster.run.preflight import check_models
+from cluster.run.records import attention_by_task
+from cluster.run.start import Started, start_inline
+from cluster.watch import logs
+from cluster.watch.tables import print_results
+from cluster.zoo import build, paths
+from learner.batch import global_denominators
+from rewards.sources import Task, build_tasks
+from rewards.stream import PromptStream
+from rollout.types import Group
+
+REPLAY_TOLERANCE = 1e-3
+
+
+def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
+    """A run's configuration, folder, tasks, and its workers in this process."""
+    folder = RunFolder(run)
+    saved = folder.saved_config()
+    config = RunConfig.model_validate(
+        saved.model_dump()
+        | {
+            "execution": "inline",
+            "learner": saved.learner.model_dump() | {"ranks": 1},
+            "policy": saved.policy.model_dump() | {"workers": 1},
+            "rewards": saved.rewards.model_dump() | {"workers": 1},
+        }
+    )
+    tasks = build_tasks(config.data)
+    for world in sorted(paths.worlds_named_by(config.models().values())):
+        build.ensure(world)
+    check_models(config)
+    return config, folder, tasks, start_inline(config, {name: task.verifier for name, task in tasks.items()})
+
+
+def evaluate_run(run: Path, step: int | None, split: str, prompts: int | None, console: Console) -> None:
+    """Prints the table of a run's router, controls and baselines; adds a line to its `eval.jsonl`.
+
+    Raises:
+        ValueError: when there is no such run or checkpoint, or the split is unknown.
+    """
+    if split not in ("test", "validation"):
+        raise RunFolderError(f"--split {split!r} is neither test nor validation")
+    folder = RunFolder(run)
+    folder.saved_config()
+    saved = checkpoint.read(folder.checkpoints, step)
+    config, folder, tasks, started = _open(run)
+
+    async def measure() -> tuple[Any, dict[str, float]]:
+        evaluator = Evaluator(config, started.fleet, tasks)
+        router = saved.learner.snapshot
+        chosen = evaluator.prompts(split, prompts or config.evaluation.prompts)
+        result, attention = await evaluator.router(chosen, router)
+        systems = {
+            "router": result,
+            "shuffled_within_task": await evaluator.shuffled(chosen, router, within_task=True),
+            "shuffled": await evaluator.shuffled(chosen, router, within_task=False),
+            **await evaluator.baselines(chosen, router),
+        }
+        return systems, attention
+
+    try:
+        systems, attention = asyncio.run(measure())
+    finally:
+        started.fleet.close()
+    logs.JsonLines(folder.eval).append(
+        {"step": saved.step, "kind": f"again-{split}", "systems": systems, "attention": attention}
+    )
+    print_results(console, systems, attention=attention_by_task(attention))
+
+
+def replay_step(run: Path, step: int, console: Console) -> bool:
+    """Recomputes a step from its saved groups, starting at the checkpoint before it.
+
+    Returns whether the logged gradient norm was met within a relative 1e-3.
+
+    Raises:
+        ValueError: when the step, its groups or a checkpoint before it are not there.
+    """
+    folder = RunFolder(run)
+    folder.saved_config()
+    logged = next((line for line in logs.read(folder.metrics) if line["step"] == step), None)
+    before = [known for known in checkpoint.steps(folder.checkpoints) if known < step]
+    if logged is None or not before:
+        raise RunFolderError(f"{run} has no step {step} behind a checkpoint: it knows steps {_known(folder)}")
+    missing = [s for s in range(before[-1] + 1, step + 1) if not groups.path_of(folder.groups, s).is_file()]
+    if missing:
+        raise RunFolderError(f"{run} has not kept the groups of step {missing[0]}: train with checkpoint.groups=true")
+    config, folder, tasks, started = _open(run)
+    try:
+        loss, norm = _replay(config, folder, tasks, started, before[-1], step)
+    finally:
+        started.fleet.close()
+    met = math.isclose(norm, logged["router/grad_norm"], rel_tol=REPLAY_TOLERANCE)
+    console.print(
+        f"step {step}: loss {loss:.8g} (logged {logged['loss']:.8g}), gradient norm {norm:.8g} "
+        f"(logged {logged['router/grad_norm']:.8g}): {'reproduced' if met else 'NOT reproduced'}",
+        highlight=False,
+    )
+    return met
+
+
+def _replay(
+    config: RunConfig, folder: RunFolder, tasks: dict[str, Task], started: Started, start: int, step: int
+) -> tuple[float, float]:
+    stream, learner = PromptStream(tasks, config.data), started.fleet.learners[0].worker  # type: ignore[attr-defined]
+    learner.restore(checkpoint.read(folder.checkpoints, start).learner, 0)
+    loss = norm = 0.0
+    for number in range(start + 1, step + 1):
+        kept: list[Group] = groups.read(folder.groups, number, stream.prompt)
+        encoded = started.fleet.encode([group.prompt for group in kept])
+        denominators = global_denominators(kept, config.algorithm.constant_length)
+        sums = learner.backward(kept, [e.features for e in encoded], denominators)
+        loss, norm = sums.values.get("loss", 0.0), learner.finish_update()
+    return loss, norm
+
+
+def _known(folder: RunFolder) -> str:
+    steps = [line["step"] for line in logs.read(folder.metrics)]
+    return f"{steps[0]} to {steps[-1]}" if steps else "none"

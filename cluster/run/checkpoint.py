@@ -1,0 +1,106 @@
+"""Checkpoints: the learner's full state in safetensors, the driver's in JSON, a manifest written last.
+
+A folder without a manifest is no checkpoint; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from experts.config import RouterConfig
+from experts.state import RouterShape, RouterSnapshot, save_router
+from learner.engine import OptimizerState
+from learner.learner import LearnerState
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from.
+
+    driver: the admission's state, the stream's, elapsed seconds and samples.
+    """
+
+    step: int
+    learner: LearnerState
+    driver: dict[str, Any]
+
+
+def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: RouterConfig, keep: int) -> Path:
+    """Writes `step-NNNNNN` and drops the oldest beyond `keep`; the first (step 0) always stays, for replay."""
+    folder, partial = root / f"step-{checkpoint.step:06d}", root / f".partial-{checkpoint.step:06d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_router(partial, checkpoint.learner.snapshot, shape, router)
+    arrays, meta = _flatten(checkpoint.learner)
+    save_file(arrays, partial / "learner.safetensors")
+    (partial / "learner.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (partial / "driver.json").write_text(json.dumps(checkpoint.driver) + "\n")
+    manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+    (partial / "manifest.json").write_text(json.dumps({"step": checkpoint.step, "files": manifest}, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    for old in steps(root)[1:-keep] if steps(root)[:1] == [0] else steps(root)[:-keep]:
+        shutil.rmtree(root / f"step-{old:06d}")
+    return folder
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a whole checkpoint, in order."""
+    found = (re.fullmatch(r"step-(\d{6,})", path.parent.name) for path in root.glob("step-*/manifest.json"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def read(root: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of a step, or the last one.
+
+    Raises:
+        CheckpointError: when there is none, or a file does not match its manifest.
+    """
+    known = steps(root)
+    if not known or (step is not None and step not in known):
+        raise CheckpointError(f"{root} holds no checkpoint{'' if step is None else f' of step {step}'}; it has steps {known}")
+    folder = root / f"step-{known[-1] if step is None else step:06d}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise CheckpointError(f"{folder / name} is missing or damaged: delete {folder} to go on from the one before")
+    meta = json.loads((folder / "learner.json").read_text())
+    learner = _unflatten(load_file(folder / "learner.safetensors"), meta)
+    return Checkpoint(manifest["step"], learner, json.loads((folder / "driver.json").read_text()))
+
+
+def _flatten(state: LearnerState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays = {f"initial/{name}": array for name, array in state.initial.items()}
+    arrays |= {f"moments/{k}/{n}": a for k, named in state.optimizer.moments.items() for n, a in named.items()}
+    arrays |= {f"history/{v}/{n}": a for v, snapshot in state.history.items() for n, a in snapshot.arrays.items()}
+    versions = {str(v): [s.version, s.incarnation, s.checksum] for v, s in state.history.items()}
+    return arrays, {"version": state.snapshot.version, "optimizer_steps": state.optimizer.steps, "history": versions}
+
+
+def _unflatten(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> LearnerState:
+    def under(prefix: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+    history = {
+        int(v): RouterSnapshot(version, incarnation, checksum, under(f"history/{v}/"))
+        for v, (version, incarnation, checksum) in meta["history"].items()
+    }
+    moments = {key: under(f"moments/{key}/") for key in ("exp_avg", "exp_avg_sq")}
+    optimizer = OptimizerState(meta["optimizer_steps"], moments)
+    return LearnerState(history[meta["version"]], optimizer, history, under("initial/"))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

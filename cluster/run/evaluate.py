@@ -1,0 +1,137 @@
+"""Held-out accuracy of the router, its controls and its baselines, with greedy decoding.
+
+The same workers as in training, an explicit router, outside admission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.config import RunConfig
+from cluster.run.fleet import Fleet, Reference
+from cluster.run.metrics import attention_metrics
+from cluster.run.routing import RouteClassifier
+from cluster.run.scoring import WaveReport
+from cluster.watch.results import Result
+from experts.expert import Encoded
+from rewards.sources import Task
+from rollout.draws import generator
+from rollout.types import Prompt, RewardStatus, Sampling
+
+Evaluation = dict[str, Result]
+RIGHT = 0.99  # a verifier that grades in floats may fall short of 1 by rounding
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Greedy answers of one system to some prompts: 1 where right, with the attention over experts if any."""
+
+    outcomes: list[int]
+    reports: list[WaveReport]
+
+
+class Evaluator:
+    """Measures one router on one split."""
+
+    def __init__(self, config: RunConfig, fleet: Fleet, tasks: Mapping[str, Task]) -> None:
+        self.config, self.fleet = config, fleet
+        self.tasks = {name: task for name, task in tasks.items() if task.config.weight > 0}
+        self.experts = [expert.name for expert in config.experts]
+
+    def prompts(self, split: str, count: int) -> list[Prompt]:
+        """The first `count` distinct prompts of a split, task by task; ordinals are their positions."""
+        return [p for task in self.tasks.values() for p in getattr(task, split)[:count]]
+
+    async def router(self, prompts: Sequence[Prompt], router: Reference) -> tuple[Result, dict[str, float]]:
+        """Accuracy with the prefix, and `attention/<task>/<expert>`."""
+        answered = await self._policy(prompts, router, donors=prompts)
+        groups = [group for report in answered.reports for group in report.groups]
+        return self._result(prompts, answered.outcomes), attention_metrics(groups, self.experts)
+
+    async def shuffled(self, prompts: Sequence[Prompt], router: Reference, within_task: bool) -> Result:
+        """Every prompt gets the prefix of a donor with another gold answer: what a signature alone would give."""
+        donors = donors_of(prompts, within_task, self.config.evaluation.seed)
+        return self._result(prompts, (await self._policy(prompts, router, donors)).outcomes)
+
+    async def baselines(self, prompts: Sequence[Prompt], router: Reference) -> Evaluation:
+        """Systems that no training of the router can change: computed once a run."""
+        frozen = await self._policy(prompts, router, donors=None)
+        results = {"frozen_policy": self._result(prompts, frozen.outcomes)}
+        own = {name: await self._own_answers(index, prompts) for index, name in enumerate(self.experts)}
+        results |= {f"experts/{name}": self._result(prompts, outcomes) for name, outcomes in own.items()}
+        matrix = np.array([own[name] for name in self.experts])
+        classifier = await self._route_classifier()
+        chosen = classifier.choose(await self._features(prompts))
+        results["route_and_answer"] = self._result(prompts, matrix[chosen, np.arange(len(prompts))].tolist())
+        results["oracle_route"] = self._result(prompts, matrix.max(axis=0).tolist())
+        return results
+
+    async def _policy(
+        self, prompts: Sequence[Prompt], router: Reference, donors: Sequence[Prompt] | None
+    ) -> Answered:
+        """Greedy answers; the prefix of each prompt comes from its donor, or there is none."""
+        sampling = Sampling(temperature=0.0, max_new_tokens=self.config.sampling.max_new_tokens, samples=1)
+        references, size = [], self.config.evaluation.batch
+        for index, at in enumerate(range(0, len(prompts), size)):
+            chunk = list(prompts[at : at + size])
+            features = self.fleet.encode(donors[at : at + size]) if donors is not None else []
+            worker = self.fleet.rollouts[index % len(self.fleet.rollouts)]
+            rollout = worker.call("generate", chunk, sampling, router, *features, training=False)
+            verifier = self.fleet.rewards[index % len(self.fleet.rewards)]
+            references.append(verifier.call("score", rollout, returns=2)[1])
+        reports: list[WaveReport] = await self.fleet.get_all(references, "evaluation")
+        outcomes = [
+            int(group.statuses[0] is RewardStatus.OK and group.rewards[0] >= RIGHT)
+            for report in reports
+            for group in report.groups
+        ]
+        return Answered(outcomes, reports)
+
+    async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
+        messages = [prompt.messages for prompt in prompts]
+        texts = self.fleet.experts[expert].call("answer", messages, self.config.sampling.max_new_tokens)
+        scores = self.fleet.rewards[0].call("score_texts", list(prompts), texts)
+        answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}")
+        return [int(score.status is RewardStatus.OK and score.reward >= RIGHT) for score in answered]
+
+    async def _features(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        encoded: list[Encoded] = await self.fleet.get_all(self.fleet.encode(prompts), "encoding for evaluation")
+        return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)
+
+    async def _route_classifier(self) -> RouteClassifier:
+        prompts = self.prompts("train", self.config.evaluation.router_examples)
+        right = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
+        return RouteClassifier(await self._features(prompts), np.array(right))
+
+    def _result(self, prompts: Sequence[Prompt], outcomes: Sequence[int]) -> Result:
+        by_task: dict[str, list[int]] = {name: [] for name in self.tasks}
+        for prompt, outcome in zip(prompts, outcomes, strict=True):
+            by_task[prompt.task].append(outcome)
+        accuracies = {task: float(np.mean(values)) for task, values in by_task.items()}
+        return {
+            "tasks": accuracies,
+            "mean": float(np.mean(list(accuracies.values()))),
+            "prompts": {task: len(values) for task, values in by_task.items()},
+            "outcomes": by_task,
+        }
+
+
+def donors_of(prompts: Sequence[Prompt], within_task: bool, seed: int) -> list[Prompt]:
+    """For each prompt another one with another gold answer, of the same task or of any."""
+    rng = generator(seed, "donors", str(within_task))
+    chosen = []
+    for prompt in prompts:
+        pool = [p for p in prompts if p.answer != prompt.answer and (not within_task or p.task == prompt.task)]
+        chosen.append(pool[rng.integers(len(pool))] if pool else prompt)
+    return chosen
+
+
+def summary_of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The `eval` section of `summary.json`: without single outcomes, experts under their own key."""
+    plain = {name: {k: v for k, v in result.items() if k != "outcomes"} for name, result in evaluation.items()}
+    experts = {name.removeprefix("experts/"): r for name, r in plain.items() if name.startswith("experts/")}
+    return {**{name: r for name, r in plain.items() if not name.startswith("experts/")}, "experts": experts}

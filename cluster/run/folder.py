@@ -1,0 +1,112 @@
+"""A run's folder: created, locked, described; refused when it exists and nobody said what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from cluster.config import RunConfig, changed_keys, parse
+
+NEEDED_BYTES = 256 * 2**20
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be used; the message says what to do."""
+
+
+class RunFolder:
+    """Paths inside `runs/<name>/`, and the lock that refuses a second driver."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.eval = path / "eval.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.groups = path / "groups"
+        self.dead_letters = path / "dead_letters.jsonl"
+        self._lock = FileLock(str(path) + ".lock")
+
+    def lock(self) -> None:
+        """Refuses a second driver.
+
+        Raises:
+            RunFolderError: when another process holds the lock, or the place cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunFolderError(f"{self.path} is in use by another run: wait for it, or choose another run=NAME") from None
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be written: {error.strerror}: choose another root=FOLDER") from None
+
+    def unlock(self) -> None:
+        """Lets the folder go."""
+        self._lock.release()
+
+    def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
+        """Refuses what must not be written over or gone on with; changes nothing.
+
+        Raises:
+            RunFolderError: when the folder exists and neither was asked for; when a resume would
+                change what is computed, naming the keys; when the disk is full.
+        """
+        check_space(self.path.parent)
+        exists = self.path.exists() and any(self.path.iterdir())
+        if not exists and resume:
+            raise RunFolderError(f"{self.path} does not exist: nothing to resume; start without --resume")
+        if not exists:
+            return
+        if overwrite and not self.config.is_file():
+            raise RunFolderError(f"{self.path} is no run's folder (it has no config.yaml): not overwritten; move it away")
+        if not resume and not overwrite:
+            raise RunFolderError(f"{self.path} exists: continue it with --resume, replace it with --overwrite, or give run=NAME")
+        if resume and (keys := changed_keys(self.saved_config(), config)):
+            raise RunFolderError(f"{self.path} cannot be resumed with changed {', '.join(keys[:5])}: set them back or start anew")
+
+    def prepare(self, config: RunConfig, overwrite: bool) -> None:
+        """Makes the folder and writes the configuration; call after `check`."""
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(config.as_yaml())
+
+    def saved_config(self) -> RunConfig:
+        """The configuration the run was started with.
+
+        Raises:
+            RunFolderError: when this is no run's folder.
+        """
+        if not self.config.is_file():
+            raise RunFolderError(f"{self.path} is no run's folder: it has no config.yaml")
+        return parse(yaml.safe_load(self.config.read_text()), str(self.config))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json` whole or not at all."""
+        partial = self.summary.with_suffix(".partial")
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(self.summary)
+
+
+def check_space(where: Path) -> None:
+    """Refuses a disk that is nearly full, before anything expensive starts.
+
+    Raises:
+        RunFolderError: with the numbers in it.
+    """
+    place = where
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < NEEDED_BYTES:
+        raise RunFolderError(
+            f"no disk space at {place}: {free / 2**20:.0f} MiB free, {NEEDED_BYTES / 2**20:.0f} MiB needed: "
+            "free some, or choose another root=FOLDER"
+        )

@@ -1,0 +1,95 @@
+"""A step's groups on disk, so that `musketeers replay` can recompute its loss and gradient exactly."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rollout.types import (
+    Completion,
+    Draws,
+    FinishReason,
+    Group,
+    Prompt,
+    RewardStatus,
+    RouterStamp,
+    Sampling,
+    Score,
+)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where a step's groups are."""
+    return folder / f"step-{step:06d}.jsonl.gz"
+
+
+def write(folder: Path, step: int, groups: Sequence[Group]) -> None:
+    """Writes one JSON object a group; prompts are named by ordinal, the stream makes them again."""
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(_pack(group), separators=(",", ":")) + "\n" for group in groups)
+    partial = folder / ".partial"
+    partial.write_bytes(gzip.compress(lines.encode(), compresslevel=1, mtime=0))
+    partial.replace(path_of(folder, step))
+
+
+def read(folder: Path, step: int, prompt: Callable[[int], Prompt]) -> list[Group]:
+    """The groups of a step.
+
+    Args:
+        prompt: makes the prompt of an ordinal (the run's stream).
+    """
+    lines = gzip.decompress(path_of(folder, step).read_bytes()).decode().splitlines()
+    return [_unpack(json.loads(line), prompt) for line in lines]
+
+
+def _pack(group: Group) -> dict[str, Any]:
+    return {
+        "ordinal": group.ordinal,
+        "task": group.prompt.task,
+        "prompt_tokens": group.prompt_tokens.tolist(),
+        "completions": [
+            {"tokens": c.tokens.tolist(), "logprobs": c.logprobs.tolist(), "text": c.text, "finish": c.finish}
+            for c in group.completions
+        ],
+        "sampling": [group.sampling.temperature, group.sampling.max_new_tokens, group.sampling.samples],
+        "router": [group.router.version, group.router.incarnation, group.router.checksum],
+        "expert_mask": group.draws.expert_mask.tolist(),
+        "prefix_hash": group.prefix_hash,
+        "prefix_sketch": group.prefix_sketch.tolist(),
+        "prefix_rms_ratio": group.prefix_rms_ratio,
+        "feature_keys": group.feature_keys,
+        "attention": group.attention.tolist(),
+        "scores": [[score.reward, score.status, score.reason] for score in group.scores],
+    }
+
+
+def _unpack(packed: dict[str, Any], prompt: Callable[[int], Prompt]) -> Group:
+    temperature, max_new_tokens, samples = packed["sampling"]
+    version, incarnation, checksum = packed["router"]
+    return Group(
+        prompt=prompt(packed["ordinal"]),
+        prompt_tokens=np.array(packed["prompt_tokens"], dtype=np.int64),
+        completions=tuple(
+            Completion(
+                tokens=np.array(c["tokens"], dtype=np.int64),
+                logprobs=np.array(c["logprobs"], dtype=np.float32),
+                text=c["text"],
+                finish=FinishReason(c["finish"]),
+            )
+            for c in packed["completions"]
+        ),
+        sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens, samples=samples),
+        router=RouterStamp(version=version, incarnation=incarnation, checksum=checksum),
+        draws=Draws(expert_mask=np.array(packed["expert_mask"], dtype=bool)),
+        prefix_hash=packed["prefix_hash"],
+        prefix_sketch=np.array(packed["prefix_sketch"], dtype=np.float32),
+        prefix_rms_ratio=packed["prefix_rms_ratio"],
+        feature_keys=tuple(packed["feature_keys"]),
+        attention=np.array(packed["attention"], dtype=np.float32),
+        scores=tuple(Score(reward=r, status=RewardStatus(s), reason=why) for r, s, why in packed["scores"]),
+    )

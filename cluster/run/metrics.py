@@ -1,0 +1,98 @@
+"""One step's metrics, from the stages' reports and the learner's sums (names: docs/metrics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+
+from cluster.run.scoring import GroupReport, WaveReport
+from learner.advantages import NO_SIGNAL
+from learner.gradient import Sums
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Wall-clock seconds of a step, as the driver saw them."""
+
+    step_s: float
+    learner_s: float
+
+
+# Metrics that depend on the machine, not on the computation: two equal runs may differ in these.
+MACHINE_PREFIXES = ("time/", "cache/", "rollout/tokens_per_second")
+
+
+def step_metrics(
+    reports: Sequence[WaveReport],
+    groups: Sequence[GroupReport],
+    experts: Sequence[str],
+    version: int,
+    learner: tuple[Sums, float],
+    times: StepTimes,
+) -> dict[str, float]:
+    """Metrics of the update that trained `groups` and made router `version` + 1.
+
+    reports: of the waves that finished since the last update, for rates and times.
+    """
+    sums, grad_norm = learner
+    rewards = [reward for group in groups for reward in group.ok_rewards]
+    completions = sum(len(group.statuses) for group in groups)
+    staleness = [version - group.version for group in groups]
+    hits, misses = sum(r.hits for r in reports), sum(r.misses for r in reports)
+    tokens = sum(report.tokens for report in reports)
+    return {
+        "reward/mean": _mean(rewards),
+        "reward/std": pstdev(rewards) if rewards else 0.0,
+        **{f"reward/{task}": _mean(r for g in mine for r in g.ok_rewards) for task, mine in by_task(groups).items()},
+        "groups/no_signal": _mean(_spread(group) < NO_SIGNAL for group in groups),
+        "rewards/masked_fraction": 1 - len(rewards) / completions,
+        "policy/kl": sums.mean("kl"),
+        "policy/entropy": sums.mean("entropy"),
+        "policy/ratio": sums.mean("ratio"),
+        "policy/clip_fraction": sums.mean("clipped"),
+        "policy/corrected_fraction": sums.mean("corrected"),
+        "policy/kl_clamped_fraction": sums.mean("kl_clamped"),
+        "policy/truncated_fraction": sum(group.truncated for group in groups) / completions,
+        "policy/logprob_mismatch": sums.mean("mismatch"),
+        "policy/logprob_mismatch_max": sums.mismatch_max,
+        "loss": sums.values.get("loss", 0.0),
+        "router/attention_entropy": _mean(group.entropy for group in groups),
+        "router/grad_norm": grad_norm,
+        "router/prefix_rms_ratio": _mean(group.prefix_rms_ratio for group in groups),
+        "router/version": float(version),
+        "staleness/mean": _mean(staleness),
+        "staleness/max": float(max(staleness)),
+        "rollout/tokens_per_second": tokens / times.step_s,
+        "cache/hit_rate": hits / max(hits + misses, 1),
+        "time/step_s": times.step_s,
+        "time/encode_s": sum(report.encode_s for report in reports),
+        "time/rollout_s": sum(report.rollout_s for report in reports),
+        "time/reward_s": sum(report.reward_s for report in reports),
+        "time/learner_s": times.learner_s,
+        **attention_metrics(groups, experts),
+    }
+
+
+def attention_metrics(groups: Sequence[GroupReport], experts: Sequence[str]) -> dict[str, float]:
+    """`attention/<task>/<expert>`: mean share of a task's prompts' attention."""
+    return {
+        f"attention/{task}/{expert}": _mean(group.attention[index] for group in mine)
+        for task, mine in by_task(groups).items()
+        for index, expert in enumerate(experts)
+    }
+
+
+def by_task(groups: Sequence[GroupReport]) -> dict[str, list[GroupReport]]:
+    """Groups by task name, tasks in name order."""
+    return {task: [g for g in groups if g.task == task] for task in sorted({g.task for g in groups})}
+
+
+def _spread(group: GroupReport) -> float:
+    rewards = group.ok_rewards
+    return max(rewards) - min(rewards) if rewards else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    collected = [float(value) for value in values]
+    return fmean(collected) if collected else 0.0

@@ -1,0 +1,174 @@
+"""Everything a run writes into its folder, apart from the lock and the configuration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cluster.config import RunConfig
+from cluster.run import checkpoint, groups
+from cluster.run.evaluate import Evaluation, Evaluator, summary_of
+from cluster.run.fleet import Reference
+from cluster.run.folder import RunFolder
+from cluster.watch import logs
+from cluster.watch.board import Board
+from cluster.watch.figure import training_figure
+from cluster.watch.live import Watch
+from cluster.watch.report import write_report
+from cluster.watch.tables import print_results
+from experts.state import RouterShape
+from learner.learner import LearnerState
+from rollout.types import Group
+
+if TYPE_CHECKING:
+    from cluster.run.driver import Driver
+    from cluster.run.start import Started
+
+REPORTED = ("n-musketeers", "torch", "transformers", "ray", "deepspeed", "reasoning-gym")
+
+
+class Records:
+    """The driver's sink: metrics, TensorBoard, groups, checkpoints, evaluations, summary and report."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, watch: Watch, shape: RouterShape) -> None:
+        self.config, self.folder, self.watch, self.shape = config, folder, watch, shape
+        self.evaluator: Evaluator | None = None
+        self._metrics = logs.JsonLines(folder.metrics)
+        self._eval = logs.JsonLines(folder.eval)
+        self._board: Board | None = None
+
+    def cut_back(self, step: int) -> None:
+        """A resumed run writes the steps after its checkpoint again: drop them from the logs."""
+        logs.cut_back(self.folder.metrics, step)
+        logs.cut_back(self.folder.eval, lambda line: line["step"] <= step and line["kind"] != "after")
+        self._board = Board(self.folder.path, resume_after=step)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Records of the steps so far."""
+        return logs.read(self.folder.metrics)
+
+    def before(self) -> Evaluation | None:
+        """The evaluation before training, when the log has it."""
+        found = [line["systems"] for line in logs.read(self.folder.eval) if line["kind"] == "before"]
+        return found[0] if found else None
+
+    def step(self, record: dict[str, Any]) -> None:
+        """See `Sink.step`."""
+        self._metrics.append(record)
+        if self._board is None:
+            self._board = Board(self.folder.path)
+        self._board.step(record["step"], {k: v for k, v in record.items() if k not in ("step", "ordinals")})
+        self.watch.step(record)
+        if record["policy/logprob_mismatch"] > self.config.learner.mismatch_warning:
+            self.watch.note(
+                f"step {record['step']}: engine and learner disagree by {record['policy/logprob_mismatch']:.3f} nats a token"
+            )
+
+    def groups(self, step: int, kept: list[Group]) -> None:
+        """See `Sink.groups`."""
+        groups.write(self.folder.groups, step, kept)
+
+    def checkpoint(self, step: int, learner: LearnerState, driver: dict[str, Any]) -> None:
+        """See `Sink.checkpoint`."""
+        kept = checkpoint.Checkpoint(step, learner, driver)
+        checkpoint.write(self.folder.checkpoints, kept, self.shape, self.config.router, self.config.checkpoint.keep)
+
+    async def validate(self, step: int, router: Reference) -> None:
+        """See `Sink.validate`."""
+        every = self.config.evaluation.every
+        if self.evaluator is None or not every or step % every:
+            return
+        prompts = self.evaluator.prompts("validation", self.config.evaluation.validation_prompts)
+        result, attention = await self.evaluator.router(prompts, router)
+        self.evaluation(step, "validation", {"router": result}, attention)
+        shown = ", ".join(f"{task} {accuracy:.2f}" for task, accuracy in result["tasks"].items())
+        self.watch.note(f"step {step}, validation: {shown}")
+
+    def evaluation(
+        self, step: int, kind: str, systems: Evaluation, attention: Mapping[str, float] | None = None
+    ) -> None:
+        """One line of `eval.jsonl`: `kind` is before, validation or after."""
+        self._eval.append({"step": step, "kind": kind, "systems": systems, "attention": dict(attention or {})})
+
+    def finish(
+        self,
+        driver: Driver,
+        frozen: list[dict[str, Any]],
+        before: Evaluation,
+        after: Evaluation,
+        attention: dict[str, float],
+        wall_s: float,
+        started: Started,
+        console: Console,
+    ) -> None:
+        """Summary, figure, report, and the table people read."""
+        if self._board is not None:
+            self._board.close()
+        verdict = print_results(console, after, before=before, attention=attention_by_task(attention))
+        router = started.shape
+        self.folder.write_summary(
+            {
+                "run": self.config.run,
+                "steps": driver.step,
+                "seed": self.config.seed,
+                "wall_s": wall_s,
+                "train_wall_s": driver.elapsed_s,
+                "samples": driver.samples,
+                "router_parameters": sum(a.size for a in _last_router(self.folder).values()),
+                "experts": list(router.experts),
+                "frozen": frozen,
+                "eval": summary_of(after),
+                "eval_before": {"router": summary_of(before)["router"]},
+                "verdict": verdict.summary(),
+                "attention": attention,
+                "versions": versions(),
+            }
+        )
+        figure = self.folder.path / "training.png"
+        training_figure(self.history(), after, figure)
+        write_report(
+            self.folder.path / "report.html",
+            name=self.config.run,
+            evaluation=after,
+            before=before,
+            attention=attention_by_task(attention),
+            figure=figure,
+            configuration=self.config.as_yaml(),
+            versions=versions(),
+            command=f"musketeers train {self.folder.config} run={self.config.run}-again",
+        )
+        console.print(f"run folder: {self.folder.path}   report: {self.folder.path / 'report.html'}", highlight=False)
+
+
+def _last_router(folder: RunFolder) -> dict[str, Any]:
+    return checkpoint.read(folder.checkpoints).learner.snapshot.arrays
+
+
+def baselines_of(evaluation: Evaluation) -> Evaluation:
+    """The systems that training cannot change."""
+    return {name: result for name, result in evaluation.items() if name != "router"}
+
+
+def attention_by_task(attention: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """`attention/<task>/<expert>` -> task -> expert -> share."""
+    nested: dict[str, dict[str, float]] = {}
+    for key, share in attention.items():
+        _, task, expert = key.split("/")
+        nested.setdefault(task, {})[expert] = share
+    return nested
+
+
+def versions() -> dict[str, str]:
+    """Python's, and those of the packages results depend on."""
+    found = {"python": platform.python_version()}
+    for name in REPORTED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+

@@ -1,0 +1,107 @@
+"""The reward stage as a worker: scores rollouts and tells the driver, in a few bytes, what came of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rewards.config import RewardsConfig
+from rewards.verify import Verifier
+from rewards.worker import RewardWorker
+from rollout.types import FinishReason, Group, Prompt, RewardStatus, Rollout, Score
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """What the driver needs of a group; the group itself goes straight to the learner.
+
+    rewards, statuses: one a completion.  attention: (experts,) mean over latents; entropy: of the
+    attention over experts, in nats, mean over latents.
+    """
+
+    ordinal: int
+    task: str
+    version: int
+    rewards: tuple[float, ...]
+    statuses: tuple[RewardStatus, ...]
+    truncated: int
+    prefix_rms_ratio: float
+    attention: tuple[float, ...]
+    entropy: float
+
+    @property
+    def ok_rewards(self) -> list[float]:
+        """Rewards of the completions that were scored."""
+        return [r for r, s in zip(self.rewards, self.statuses, strict=True) if s is RewardStatus.OK]
+
+
+@dataclass(frozen=True, slots=True)
+class WaveReport:
+    """One wave of prompts through all stages but the learner; times are the workers' own, in seconds."""
+
+    groups: tuple[GroupReport, ...]
+    tokens: int
+    hits: int
+    misses: int
+    encode_s: float
+    rollout_s: float
+    reward_s: float
+
+
+class ScoringWorker:
+    """A reward worker over rollouts."""
+
+    def __init__(self, verifiers: Mapping[str, Verifier], config: RewardsConfig, index: int = 0) -> None:
+        self.worker = RewardWorker(verifiers, config, index)
+
+    def __repr__(self) -> str:
+        return repr(self.worker)
+
+    def score(self, rollout: Rollout) -> tuple[Rollout, WaveReport]:
+        """The rollout with its groups scored, and a report on it."""
+        start = time.perf_counter()
+        return self._finished(rollout, self.worker.score_groups(rollout.groups), start)
+
+    def _finished(self, rollout: Rollout, groups: Sequence[Group], start: float) -> tuple[Rollout, WaveReport]:
+        seconds = time.perf_counter() - start
+        return replace(rollout, groups=tuple(groups)), wave_report(rollout, groups, seconds)
+
+    def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:
+        """Scores of answers that did not come from the policy (experts' own, in evaluation)."""
+        return self.worker.score_texts(list(zip(prompts, texts, strict=True)))
+
+    def close(self) -> None:
+        """Ends the scoring process."""
+        self.worker.close()
+
+
+def wave_report(rollout: Rollout, groups: Sequence[Group], reward_s: float) -> WaveReport:
+    """The driver's view of scored groups."""
+    return WaveReport(
+        groups=tuple(_group_report(group) for group in groups),
+        tokens=rollout.tokens,
+        hits=rollout.hits,
+        misses=rollout.misses,
+        encode_s=rollout.encode_s,
+        rollout_s=rollout.seconds,
+        reward_s=reward_s,
+    )
+
+
+def _group_report(group: Group) -> GroupReport:
+    attention = group.attention
+    entropy = -(attention * np.log(np.maximum(attention, 1e-12))).sum(axis=-1)
+    return GroupReport(
+        ordinal=group.ordinal,
+        task=group.prompt.task,
+        version=group.router.version,
+        rewards=tuple(score.reward for score in group.scores),
+        statuses=tuple(score.status for score in group.scores),
+        truncated=sum(completion.finish is FinishReason.LENGTH for completion in group.completions),
+        prefix_rms_ratio=group.prefix_rms_ratio,
+        attention=tuple(attention.mean(axis=0).tolist()) if attention.size else (),
+        entropy=float(entropy.mean()) if attention.size else 0.0,
+    )

@@ -1,0 +1,38 @@
+"""`musketeers train`: refuse what must be refused, build what is missing, then run."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rich.console import Console
+
+from cluster.config import RunConfig
+from cluster.run import checkpoint
+from cluster.run.folder import RunFolder
+from cluster.run.preflight import check_models, check_names
+from cluster.run.session import Session
+from cluster.zoo import build, paths
+from rewards.sources import build_tasks
+
+
+def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) -> int:
+    """Runs a training job; returns the exit status (130 when it was stopped with a checkpoint).
+
+    Raises:
+        ValueError: one line for the user, before anything expensive starts.
+    """
+    check_names(config)
+    folder = RunFolder(config.folder)
+    folder.lock()
+    try:
+        folder.check(config, resume, overwrite)
+        if resume:
+            checkpoint.read(folder.checkpoints)
+        tasks = build_tasks(config.data)
+        for world in sorted(paths.worlds_named_by(config.models().values())):
+            build.ensure(world)
+        check_models(config)
+        folder.prepare(config, overwrite)
+        return asyncio.run(Session(config, folder, tasks, console).run()).status
+    finally:
+        folder.unlock()

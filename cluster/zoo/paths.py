@@ -1,0 +1,115 @@
+"""Where zoo worlds lie, and whether what lies there is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cluster.zoo.recipe import Recipe, ZooError, load_recipe, worlds
+
+MANIFEST = "zoo.json"
+PREFIX = "zoo/"
+
+
+def zoo_root() -> Path:
+    """`MUSKETEERS_ZOO`, else ~/.cache/n-musketeers/zoo."""
+    return Path(os.environ.get("MUSKETEERS_ZOO") or "~/.cache/n-musketeers/zoo").expanduser()
+
+
+def world_folder(recipe: Recipe, root: Path | None = None) -> Path:
+    """Where the world of this recipe lies, or will."""
+    return (root or zoo_root()) / recipe.folder
+
+
+def is_zoo(name: str) -> bool:
+    """Whether a model's name in a configuration means a zoo model."""
+    return name.startswith(PREFIX)
+
+
+def worlds_named_by(names: Iterable[str]) -> set[str]:
+    """The zoo worlds that some model names need; names of other models count for nothing.
+
+    Raises:
+        ZooError: when a zoo name is malformed or its world unknown.
+    """
+    return {_parts(name)[0] for name in names if is_zoo(name)}
+
+
+def resolve(name: str, root: Path | None = None) -> Path:
+    """The folder of a zoo model such as `zoo/composed/policy`, its world's files checked.
+
+    Raises:
+        ZooError: when the name is wrong, the world is not built, or one of its files is missing,
+            cut short or changed.
+    """
+    world, model = _parts(name)
+    recipe = load_recipe(world)
+    folder = world_folder(recipe, root)
+    check(folder, world)
+    known = [entry.name for entry in recipe.models]
+    if model not in known:
+        raise ZooError(f"zoo world {world!r} has no model {model!r}: it has {', '.join(known)}")
+    return folder / model
+
+
+def ensure(world: str, root: Path | None = None) -> Path:
+    """The world's folder, built first when it is not there.
+
+    Raises:
+        ZooError: when it cannot be built, or is there but damaged.
+    """
+    from cluster.zoo.build import build
+
+    return build(world, root)
+
+
+def is_built(folder: Path) -> bool:
+    """Whether a world was built here to its end: the manifest is written last."""
+    return (folder / MANIFEST).is_file()
+
+
+def check(folder: Path, world: str) -> dict[str, Any]:
+    """The manifest of a built world, after comparing every file with it.
+
+    Raises:
+        ZooError: when the world is not built, or one of its files is missing, cut short or changed.
+    """
+    if not is_built(folder):
+        raise ZooError(f"zoo world {world!r} is not built ({folder}): run musketeers zoo build {world}")
+    remedy = f"run musketeers zoo build {world} --force"
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ZooError(f"zoo folder {folder} is cut short: its {MANIFEST} cannot be read: {remedy}") from error
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ZooError(f"zoo folder {folder} is incomplete: {name} is missing: {remedy}")
+        stat = path.stat()
+        if stat.st_size < entry["bytes"]:
+            raise ZooError(f"zoo folder {folder} is cut short: {name} has {stat.st_size} of {entry['bytes']} bytes: {remedy}")
+        if sha256(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
+            raise ZooError(f"zoo folder {folder} was changed: {name} is not what was built: {remedy}")
+    return manifest
+
+
+@lru_cache(maxsize=1024)
+def sha256(path: Path, size: int, modified: int) -> str:
+    """A file's hash, computed once while its size and time of change stay the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts(name: str) -> tuple[str, str]:
+    parts = name.split("/")
+    if len(parts) != 3 or parts[0] != "zoo" or not all(parts):
+        raise ZooError(f"{name!r} is no zoo model: write zoo/<world>/<model>, such as zoo/composed/policy")
+    if parts[1] not in worlds():
+        raise ZooError(f"{name!r}: no zoo world {parts[1]!r}: known are {', '.join(worlds())}")
+    return parts[1], parts[2]

@@ -1,0 +1,105 @@
+"""Trains one model of a recipe in a process of its own: `python -m cluster.zoo.worker RECIPE MODEL FOLDER`.
+
+Progress goes to standard output, one JSON object a line; a parent that is gone breaks that pipe and
+ends the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.zoo.recipe import ExpertRecipe, PolicyRecipe, Recipe
+from rewards.sources import Task, build_tasks
+
+TOKENIZER_TEXTS = 4000  # a task; more change nothing but the time
+
+
+def main(arguments: list[str]) -> None:
+    """Trains, saves and measures the model; the last line printed is its result."""
+    recipe = Recipe.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+    model = next(entry for entry in recipe.models if entry.name == arguments[1])
+    folder = Path(arguments[2])
+    start = time.perf_counter()
+    out = Reporter()
+    tasks = build_tasks(recipe.data)
+    result = make(recipe, model, tasks, folder, out)
+    out.send(result=result | {"seconds": round(time.perf_counter() - start, 1)})
+
+
+class Reporter:
+    """Writes progress lines, at most a few a second."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def send(self, **message: Any) -> None:
+        """One line to the parent."""
+        print(json.dumps(message), flush=True)
+
+    def step(self, step: int, loss: float) -> None:
+        """Tells how far training is."""
+        now = time.perf_counter()
+        if now >= self._next:
+            self._next = now + 0.3
+            self.send(step=step, loss=round(loss, 4))
+
+
+def make(
+    recipe: Recipe, model: ExpertRecipe | PolicyRecipe, tasks: dict[str, Task], folder: Path, out: Reporter
+) -> dict[str, Any]:
+    """Trains a model, saves it into `folder` and returns its measured accuracies and size."""
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
+    import torch
+
+    from cluster.zoo.corpus import ExpertCorpus, PolicyCorpus
+    from cluster.zoo.evaluation import expert_accuracy, policy_accuracy
+    from cluster.zoo.models import new_model, train_tokenizer
+    from cluster.zoo.training import train
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    rng = np.random.default_rng([recipe.seed, *model.name.encode()])
+    torch.manual_seed(int(rng.integers(2**31)))
+    texts = [p.text + p.answer for name in model.mixture for p in tasks[name].train[:TOKENIZER_TEXTS]]
+    tokenizer = train_tokenizer(model.tokenizer, texts)
+    network = new_model(model.model, tokenizer)
+    pad_id = tokenizer.pad_token_id
+    accuracy: dict[str, dict[str, float]]
+    if isinstance(model, PolicyRecipe):
+        policy = PolicyCorpus(model, tasks, tokenizer)
+        done = 0
+        if model.warm:
+            train(network, model.warm, policy.draw_warm, rng, pad_id, out.step)
+            done = model.warm.steps
+        train(network, model.training, policy.draw, rng, pad_id, lambda step, loss: out.step(done + step, loss))
+        accuracy = policy_accuracy(network, tokenizer, tasks, policy.hints, recipe.evaluate)
+    else:
+        expert = ExpertCorpus(model, tasks, tokenizer)
+        train(network, model.training, expert.draw, rng, pad_id, out.step)
+        accuracy = {"greedy": expert_accuracy(network, tokenizer, tasks, model, recipe.evaluate)}
+    save(network, tokenizer, folder)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return {"accuracy": accuracy, "parameters": parameters, "vocabulary": len(tokenizer)}
+
+
+def save(network: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes an ordinary Hugging Face folder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    network.eval()
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network.generation_config.pad_token_id = tokenizer.pad_token_id
+    network.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

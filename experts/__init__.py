@@ -1,0 +1,1 @@
+"""Frozen models: loading, encoding prompts to features, the feature cache, and the router over features."""

@@ -1,0 +1,165 @@
+"""Loading frozen models: the only module that reads models and tokenizers from disk or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ModelError(ValueError):
+    """A model that cannot be used as asked; the message names it and what to do."""
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A causal language model none of whose parameters can ever have a gradient."""
+
+    name: str
+    model: Any  # PreTrainedModel; transformers is imported late because it costs seconds
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self.model.config.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Number of distinct parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, (..., width), detached."""
+        with torch.no_grad():
+            return self.model.get_input_embeddings()(tokens)
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text the model is shown: its chat template where it has one, else the contents joined by newlines."""
+        if getattr(self.tokenizer, "chat_template", None):
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return "\n".join(message["content"] for message in messages)
+
+    def tokenize(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the rendered messages; a chat template brings its own special tokens."""
+        text = self.render(messages)
+        plain = not getattr(self.tokenizer, "chat_template", None)
+        return self.tokenizer(text, add_special_tokens=plain)["input_ids"]
+
+    def fingerprint(self) -> str:
+        """Hash of weights, tokenizer and chat template: what the model's answers depend on."""
+        digest = hashlib.sha256(weights_sha256(self.model).encode())
+        digest.update(tokenizer_text(self.tokenizer).encode())
+        digest.update(str(getattr(self.tokenizer, "chat_template", None)).encode())
+        return digest.hexdigest()
+
+
+def tokenizer_text(tokenizer: Any) -> str:
+    """A canonical text of a tokenizer, for hashing."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash over every parameter's and buffer's name, shape, dtype and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe(path: str) -> dict[str, Any]:
+    """The model's `config.json` values the plan needs, read without loading weights.
+
+    Returns a dict with `architecture`, `hidden_size`, `layers`, `vocabulary`.
+
+    Raises:
+        ModelError: when there is no such model, or its folder is incomplete.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(path).expanduser()
+    looks_local = folder.is_absolute() or path.startswith((".", "~")) or folder.is_dir()
+    if looks_local:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model {path!r}: there is no {folder / 'config.json'}: give a Hugging Face folder or name")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise ModelError(f"model {path!r}: {folder} holds no weights (*.safetensors): copy the whole folder again")
+        if not any(folder.glob("tokenizer*")):
+            raise ModelError(f"model {path!r}: {folder} holds no tokenizer: copy the whole folder again")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path!r} cannot be found or read: {_first_line(error)}") from error
+    return {
+        "architecture": (config.architectures or [type(config).__name__])[0],
+        "hidden_size": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "vocabulary": config.vocab_size,
+    }
+
+
+def end_tokens(tokenizer: Any, name: str, generation_config: Any = None) -> tuple[int, ...]:
+    """Ids that end an answer.
+
+    Raises:
+        ModelError: when the model has none; an answer could then never end.
+    """
+    found = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])} - {None}
+    if not ids:
+        raise ModelError(f"model {name!r}: its tokenizer has no end token: set eos_token in its tokenizer_config.json")
+    return tuple(sorted(ids))
+
+
+def check_end_token(path: str) -> None:
+    """Loads only the tokenizer, to refuse one without an end token before anything expensive starts.
+
+    Raises:
+        ModelError: when there is none, or the tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path!r}: its tokenizer cannot be read: {_first_line(error)}") from error
+    end_tokens(tokenizer, path)
+
+
+def load_frozen(path: str, dtype: str = "float32", device: str = "cpu", name: str | None = None) -> FrozenModel:
+    """Loads a causal language model and freezes it.
+
+    Raises:
+        ModelError: when it cannot be found or read, or has no end token.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    model.eval()
+    ends = end_tokens(tokenizer, path, getattr(model, "generation_config", None))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    return FrozenModel(name or path, model.to(device), tokenizer, ends, pad_id)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,94 @@
+"""The Perceiver router: hidden states of frozen experts in, a soft prefix for a frozen policy out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from experts.config import RouterConfig
+
+
+class RouterOutput(NamedTuple):
+    """prefix: (batch, latents, policy width); attention: (batch, heads, latents, experts), summing to 1 over experts."""
+
+    prefix: Float[Tensor, "batch latents width"]
+    attention: Float[Tensor, "batch heads latents experts"]
+
+
+class Perceiver(nn.Module):
+    """Learned latent queries cross-attend to the experts' projected states (PAPER: 8 latents, 8 heads, width 512).
+
+    Every expert's (tokens, width) feature is projected to the shared width and marked with a
+    learned expert embedding; a hidden expert takes no part.  The output projection starts near zero.
+
+    Args:
+        widths: hidden width of each expert, in the run's expert order.
+        policy_width: width of the policy's token embeddings.
+        embedding_rms: root mean square of the policy's token embeddings, the unit of `prefix.scale`.
+        anchors: (anchors, policy width) embeddings that the prefix starts from, or None.
+    """
+
+    anchors: Tensor | None
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        widths: Sequence[int],
+        policy_width: int,
+        embedding_rms: float,
+        anchors: Float[Tensor, "anchors width"] | None = None,
+    ) -> None:
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.project = nn.ModuleList(nn.Linear(expert_width, width) for expert_width in widths)
+        self.expert_embedding = nn.Parameter(torch.randn(len(widths), width) * 0.02)
+        self.latents = nn.Parameter(torch.randn(config.latents, width) * 0.02)
+        self.norm_latents, self.norm_states = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.merge = nn.Linear(width, width), nn.Linear(width, width)
+        hidden = int(width * config.feedforward)
+        self.feedforward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
+        )
+        self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, policy_width, bias=False))
+        # A layer-normalised row has norm sqrt(width), so this std gives outputs of scale * embedding rms.
+        nn.init.normal_(self.output[1].weight, std=config.prefix.scale * embedding_rms / width**0.5)
+        repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
+        self.register_buffer("anchors", repeated)
+
+    def forward(
+        self, features: Sequence[Float[Tensor, "batch tokens width"]], visible: Bool[Tensor, "batch experts"]
+    ) -> RouterOutput:
+        """Makes a prefix for every prompt.
+
+        Args:
+            features: one tensor an expert; experts may differ in tokens and width.
+            visible: False hides an expert; every row must show at least one.
+        """
+        states = [
+            project(feature) + self.expert_embedding[index]
+            for index, (project, feature) in enumerate(zip(self.project, features, strict=True))
+        ]
+        counts = [state.shape[1] for state in states]
+        keys = self.norm_states(torch.cat(states, dim=1))
+        shown = torch.cat(
+            [visible[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1
+        )
+        batch, total, width = keys.shape
+        split = (batch, -1, self.heads, width // self.heads)
+        latents = self.latents.expand(batch, -1, -1)
+        query = self.query(self.norm_latents(latents)).view(split).transpose(1, 2)
+        key, value = self.key(keys).view(split).transpose(1, 2), self.value(keys).view(split).transpose(1, 2)
+        scores = query @ key.transpose(2, 3) / (width // self.heads) ** 0.5
+        attention = scores.masked_fill(~shown[:, None, None, :], float("-inf")).softmax(dim=-1)
+        mixed = (attention @ value).transpose(1, 2).reshape(batch, -1, width)
+        hidden = latents + self.merge(mixed)
+        prefix = self.output(hidden + self.feedforward(hidden))
+        if self.anchors is not None:
+            prefix = prefix + self.anchors
+        per_expert = torch.stack([part.sum(dim=-1) for part in attention.split(counts, dim=-1)], dim=-1)
+        return RouterOutput(prefix, per_expert)

@@ -1,0 +1,156 @@
+"""The router's trainable state: built from its configuration, snapshotted for workers, saved to disk.
+
+The router is the only thing that flows back from the learner; a snapshot is a few megabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from experts.config import RouterConfig
+from experts.loading import FrozenModel
+from experts.plugins import load_plugin
+from experts.router import Perceiver
+
+Arrays = dict[str, np.ndarray]
+
+
+class RouterError(ValueError):
+    """A saved router that does not belong to these experts or this policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterShape:
+    """What a router belongs to: the experts in order and the policy, by fingerprint."""
+
+    experts: tuple[str, ...]
+    widths: tuple[int, ...]
+    layers: tuple[int, ...]
+    expert_fingerprints: tuple[str, ...]
+    policy_width: int
+    policy_fingerprint: str
+    embedding_rms: float
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "experts": [
+                {"name": n, "width": w, "layer": layer, "fingerprint": f}
+                for n, w, layer, f in zip(self.experts, self.widths, self.layers, self.expert_fingerprints, strict=True)
+            ],
+            "policy": {"width": self.policy_width, "fingerprint": self.policy_fingerprint},
+            "embedding_rms": self.embedding_rms,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSnapshot:
+    """One version of the trainable state, as it travels: float32 arrays by parameter name."""
+
+    version: int
+    incarnation: int
+    checksum: str
+    arrays: Arrays
+
+    @classmethod
+    def of(cls, arrays: Arrays, version: int, incarnation: int) -> RouterSnapshot:
+        """A snapshot with its checksum."""
+        return cls(version, incarnation, checksum(arrays), arrays)
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Fast hash over names, shapes and bytes, in name order."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+def embedding_rms(policy: FrozenModel) -> float:
+    """Root mean square of the policy's token embeddings."""
+    return policy.model.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt().item()
+
+
+def build_router(config: RouterConfig, shape: RouterShape, policy: FrozenModel, seed: int = 0) -> nn.Module:
+    """A fresh router; the same seed gives the same weights whatever was drawn before."""
+    kind = Perceiver if config.kind == "perceiver" else load_plugin(config.kind, "router.kind")
+    anchors = None
+    if config.prefix.init == "anchored":
+        anchors = policy.embed(torch.tensor(config.prefix.anchor_tokens, device=policy.device)).float().cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(config, shape.widths, shape.policy_width, shape.embedding_rms, anchors)
+
+
+def take_arrays(router: nn.Module) -> Arrays:
+    """A copy of the router's state as float32 arrays."""
+    return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in router.state_dict().items()}
+
+
+def put_arrays(router: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Loads arrays into a router in place."""
+    router.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+
+
+def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, config: RouterConfig) -> None:
+    """Writes `router.safetensors` and `router.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: torch.from_numpy(np.array(a)) for n, a in snapshot.arrays.items()}, folder / "router.safetensors")
+    meta = {
+        "version": snapshot.version,
+        "incarnation": snapshot.incarnation,
+        "checksum": snapshot.checksum,
+        "config": config.model_dump(mode="json"),
+        **shape.describe(),
+    }
+    (folder / "router.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def load_router(folder: Path, shape: RouterShape, config: RouterConfig) -> RouterSnapshot:
+    """Reads a saved router that must belong to these experts, this policy and this architecture.
+
+    Raises:
+        RouterError: naming what differs, or the file that is missing or damaged.
+    """
+    meta_path = folder / "router.json"
+    if not meta_path.is_file():
+        raise RouterError(f"{folder} holds no router: {meta_path.name} is missing")
+    meta = json.loads(meta_path.read_text())
+    _refuse_other_experts(folder, meta, shape)
+    for key in ("kind", "width", "latents", "heads", "feedforward"):
+        if meta["config"][key] != getattr(config, key):
+            raise RouterError(f"router {folder}: saved with router.{key} {meta['config'][key]}, not {getattr(config, key)}")
+    arrays = {name: tensor.numpy() for name, tensor in load_file(folder / "router.safetensors").items()}
+    if checksum(arrays) != meta["checksum"]:
+        raise RouterError(f"router {folder}: router.safetensors does not match its checksum: copy it again")
+    return RouterSnapshot(meta["version"], meta["incarnation"], meta["checksum"], arrays)
+
+
+def _refuse_other_experts(folder: Path, meta: dict[str, Any], shape: RouterShape) -> None:
+    mine = shape.describe()
+    saved_names = [expert["name"] for expert in meta["experts"]]
+    if saved_names != list(shape.experts):
+        raise RouterError(f"router {folder} belongs to experts {saved_names}, not {list(shape.experts)}")
+    for saved, here in zip(meta["experts"], mine["experts"], strict=True):
+        for key in ("width", "layer", "fingerprint"):
+            if saved[key] != here[key]:
+                raise RouterError(f"router {folder}: expert {saved['name']!r} has another {key} now ({here[key]}, not {saved[key]})")
+    for key in ("width", "fingerprint"):
+        if meta["policy"][key] != mine["policy"][key]:
+            raise RouterError(f"router {folder} belongs to another policy: its {key} is {meta['policy'][key]}")
+
+
+def stack_features(features: Sequence[Sequence[np.ndarray]], device: Any = "cpu") -> list[torch.Tensor]:
+    """Per expert a list of (tokens, width) arrays -> per expert a (batch, tokens, width) tensor."""
+    return [torch.from_numpy(np.stack(list(rows))).to(device) for rows in features]

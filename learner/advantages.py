@@ -1,0 +1,46 @@
+"""Advantages of one group's completions.  Completions whose reward is not `ok` take no part."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+NO_SIGNAL = 1e-6
+
+Rewards = Float[Tensor, "groups samples"]
+Ok = Bool[Tensor, "groups samples"]
+
+
+def spread(rewards: Rewards, ok: Ok) -> Float[Tensor, " groups"]:
+    """Largest minus smallest `ok` reward of each group; 0 for a group without any."""
+    infinity = torch.tensor(float("inf"), dtype=rewards.dtype)
+    high = torch.where(ok, rewards, -infinity).amax(dim=1)
+    low = torch.where(ok, rewards, infinity).amin(dim=1)
+    return torch.where(ok.any(dim=1), high - low, torch.zeros_like(high))
+
+
+def _signal(rewards: Rewards, ok: Ok) -> Bool[Tensor, "groups samples"]:
+    return ok & (spread(rewards, ok) >= NO_SIGNAL)[:, None]
+
+
+def centered(rewards: Rewards, ok: Ok) -> Rewards:
+    """Reward minus the group's mean (Dr.GRPO); exactly 0 where a group has no signal."""
+    weight = ok.to(rewards.dtype)
+    rewards = torch.where(ok, rewards, torch.zeros_like(rewards))
+    mean = (rewards * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.where(_signal(rewards, ok), rewards - mean, torch.zeros_like(rewards))
+
+
+def normalised(rewards: Rewards, ok: Ok) -> Rewards:
+    """(reward - mean) / std with ddof 1 (GRPO); exactly 0, never noise, where a group has no signal."""
+    difference = centered(rewards, ok)
+    count = ok.sum(dim=1, keepdim=True).clamp_min(2).to(rewards.dtype)
+    std = (difference.pow(2).sum(dim=1, keepdim=True) / (count - 1)).sqrt()
+    return torch.where(difference == 0, difference, difference / std)
+
+
+def leave_one_out(rewards: Rewards, ok: Ok) -> Rewards:
+    """Reward minus the mean of the group's other completions (RLOO): centered * n / (n - 1)."""
+    count = ok.sum(dim=1, keepdim=True).clamp_min(2).to(rewards.dtype)
+    return centered(rewards, ok) * count / (count - 1)

@@ -1,0 +1,123 @@
+"""A whole algorithm as one small class: rewards to advantages, log-probabilities to a loss per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experts.plugins import load_plugin
+from learner import advantages
+from learner.config import AlgorithmConfig
+from learner.losses import (
+    Denominators,
+    Mask,
+    PerToken,
+    clamped_log_ratio,
+    clipped_surrogate,
+    engine_correction,
+    k3,
+    token_weights,
+)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a loss sees of some whole groups; only `logprobs` carries gradient.
+
+    logprobs, old, sampler: of the router being trained, of the one that sampled (recomputed by the
+        learner), and as the engine reported them.  reference: None without a KL term.
+    rewards, ok: (groups, samples); rows are group-major.
+    """
+
+    logprobs: PerToken
+    old: PerToken
+    sampler: PerToken
+    reference: PerToken | None
+    rewards: advantages.Rewards
+    ok: advantages.Ok
+    valid: Mask
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A micro-batch's share of the update's loss, and per-token tensors for its metrics."""
+
+    loss: Float[Tensor, ""]
+    ratio: PerToken
+    clipped: Mask
+    corrected: Mask
+    kl: PerToken
+    kl_clamped: Mask
+    advantages: Float[Tensor, "groups samples"]
+
+
+class GRPO:
+    """Group-relative policy optimisation with a clipped ratio, an engine correction and a KL term."""
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        self.config = config
+
+    def advantages(self, rewards: advantages.Rewards, ok: advantages.Ok) -> Float[Tensor, "groups samples"]:
+        """Normalised by the group's standard deviation."""
+        return advantages.normalised(rewards, ok)
+
+    def policy_loss(self, batch: TokenBatch, ratio: PerToken, advantage: Float[Tensor, " rows"]) -> tuple[PerToken, Mask]:
+        """Loss per token before correction and KL, and where the clip acts."""
+        return clipped_surrogate(ratio, advantage, self.config.eps_low, self.config.eps_high)
+
+    def loss(self, batch: TokenBatch, denominators: Denominators) -> LossTerms:
+        """This micro-batch's share of the loss: shares of all micro-batches and ranks add up to it."""
+        c = self.config
+        log_ratio, _ = clamped_log_ratio(batch.logprobs, batch.old)
+        ratio = log_ratio.exp()
+        kl, kl_clamped = torch.zeros_like(batch.old), torch.zeros_like(batch.valid)
+        if batch.reference is not None:
+            kl, kl_clamped = k3(batch.logprobs, batch.reference)
+        rewards = batch.rewards
+        if batch.reference is not None and c.kl.estimator == "k1_reward":
+            k1 = ((batch.old - batch.reference) * batch.valid).sum(dim=1).view_as(rewards)
+            rewards = rewards - c.kl.coefficient * k1.to(rewards.dtype)
+        advantage = self.advantages(rewards, batch.ok)
+        policy, clipped = self.policy_loss(batch, ratio, advantage.reshape(-1).to(ratio.dtype))
+        correction = engine_correction(batch.old, batch.sampler, c.correction_cap)
+        per_token = policy * correction
+        if batch.reference is not None and c.kl.estimator != "k1_reward":
+            weight = ratio * correction if c.kl.estimator == "k3_weighted" else 1.0
+            per_token = per_token + c.kl.coefficient * kl * weight
+        weights = token_weights(batch.valid, c.aggregation, denominators)
+        return LossTerms(
+            loss=(torch.where(batch.valid, per_token, 0.0) * weights).sum(),
+            ratio=ratio.detach(),
+            clipped=clipped & batch.valid,
+            corrected=(correction != (batch.old - batch.sampler).exp()) & batch.valid,
+            kl=kl.detach(),
+            kl_clamped=kl_clamped & batch.valid,
+            advantages=advantage,
+        )
+
+
+class DrGRPO(GRPO):
+    """GRPO without the division by the group's standard deviation; use with `aggregation: constant`."""
+
+    def advantages(self, rewards: advantages.Rewards, ok: advantages.Ok) -> Float[Tensor, "groups samples"]:
+        """Centered only."""
+        return advantages.centered(rewards, ok)
+
+
+class RLOO(GRPO):
+    """The leave-one-out mean as the baseline."""
+
+    def advantages(self, rewards: advantages.Rewards, ok: advantages.Ok) -> Float[Tensor, "groups samples"]:
+        """Reward minus the mean of the others."""
+        return advantages.leave_one_out(rewards, ok)
+
+
+ALGORITHMS = {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO}
+
+
+def build_algorithm(config: AlgorithmConfig) -> GRPO:
+    """The configured algorithm; `module:Class` may subclass GRPO or offer the same `loss`."""
+    return (ALGORITHMS.get(config.kind) or load_plugin(config.kind, "algorithm.kind"))(config)

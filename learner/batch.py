@@ -1,0 +1,80 @@
+"""From groups to tensors: micro-batches by tokens, rewards and masks, global denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.losses import Denominators
+from rollout.sequence import CompletionBatch
+from rollout.types import FinishReason, Group, RewardStatus
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Rewards and sampling log-probabilities of some groups, laid out like their completions.
+
+    rewards, ok: (groups, samples) float64 and bool.  sampler: (rows, tokens) float32.
+    valid: (rows, tokens) real tokens of `ok` completions.
+    """
+
+    rewards: Tensor
+    ok: Tensor
+    sampler: Tensor
+    valid: Tensor
+
+
+def ok_mask(groups: Sequence[Group]) -> np.ndarray:
+    """(groups, samples) True where the verifier answered."""
+    return np.array([[score.status is RewardStatus.OK for score in group.scores] for group in groups], dtype=bool)
+
+
+def global_denominators(groups: Sequence[Group], constant_length: int | None) -> Denominators:
+    """Counted over the whole update, before any rank starts."""
+    ok = ok_mask(groups)
+    lengths = np.array([[len(c.tokens) for c in group.completions] for group in groups])
+    return Denominators(int(ok.sum()), int((lengths * ok).sum()), constant_length or 0)
+
+
+def micro_batches(groups: Sequence[Group], slots: int, limit: int) -> Iterator[slice]:
+    """Runs of whole groups, in order, whose padded size stays within `limit` tokens (one group at least)."""
+    start, prompt, completion = 0, 0, 0
+    for index, group in enumerate(groups):
+        longest_prompt = max(prompt, len(group.prompt_tokens) + slots)
+        longest = max(completion, max(len(c.tokens) for c in group.completions))
+        size = (index - start + 1) * (longest_prompt + longest * len(group.completions))
+        if index > start and size > limit:
+            yield slice(start, index)
+            start = index
+            longest_prompt = len(group.prompt_tokens) + slots
+            longest = max(len(c.tokens) for c in group.completions)
+        prompt, completion = longest_prompt, longest
+    if start < len(groups):
+        yield slice(start, len(groups))
+
+
+def targets(groups: Sequence[Group], completions: CompletionBatch) -> Targets:
+    """Rewards and masks for completions laid out by `rollout.sequence`."""
+    device = completions.tokens.device
+    ok = ok_mask(groups)
+    rewards = np.array([[s.reward if s.status is RewardStatus.OK else 0.0 for s in g.scores] for g in groups])
+    sampler = np.zeros(completions.tokens.shape, dtype=np.float32)
+    for row, completion in enumerate(c for group in groups for c in group.completions):
+        sampler[row, : len(completion.logprobs)] = completion.logprobs
+    rows_ok = torch.from_numpy(ok.reshape(-1)).to(device)
+    return Targets(
+        rewards=torch.from_numpy(rewards).to(device),
+        ok=torch.from_numpy(ok).to(device),
+        sampler=torch.from_numpy(sampler).to(device),
+        valid=completions.valid & rows_ok[:, None],
+    )
+
+
+def truncated_fraction(groups: Sequence[Group]) -> float:
+    """Share of completions cut by the length limit."""
+    finishes = [completion.finish for group in groups for completion in group.completions]
+    return sum(finish is FinishReason.LENGTH for finish in finishes) / max(len(finishes), 1)

@@ -1,0 +1,149 @@
+"""d loss / d prefix of one rank's groups, micro-batch by micro-batch through the frozen policy.
+
+The router makes the prefixes once and their graph is cut here: any number of micro-batches
+accumulate into one gradient, and the policy never holds more than one micro-batch's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experts.loading import FrozenModel
+from learner.algorithms import GRPO, LossTerms, TokenBatch
+from learner.batch import micro_batches, targets
+from learner.logprobs import TokenStatistics, completion_logprobs
+from learner.losses import Denominators
+from rollout.sequence import CompletionBatch, PrefixPosition, lay_out_completions, lay_out_prompts
+from rollout.types import Group
+
+Prefix = Float[Tensor, "groups slots width"]
+
+
+@dataclass
+class Sums:
+    """Additive metrics: sums over micro-batches and ranks, divided by `tokens` (valid ones) at the end."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    mismatch_max: float = 0.0
+
+    def add(self, **amounts: float) -> None:
+        """Adds amounts by name."""
+        for name, amount in amounts.items():
+            self.values[name] = self.values.get(name, 0.0) + amount
+
+    @classmethod
+    def merged(cls, parts: Sequence[Sums]) -> Sums:
+        """The sums of several ranks."""
+        total = cls()
+        for part in parts:
+            total.add(**part.values)
+            total.mismatch_max = max(total.mismatch_max, part.mismatch_max)
+        return total
+
+    def mean(self, name: str) -> float:
+        """A sum per valid token."""
+        return self.values.get(name, 0.0) / max(self.values.get("tokens", 0.0), 1.0)
+
+
+class PrefixGradient:
+    """Runs the frozen policy forwards and backwards for the groups of one rank.
+
+    Args:
+        reference: which policy the KL term compares with: `no_prefix`, `initial_router` or `none`.
+    """
+
+    def __init__(
+        self,
+        policy: FrozenModel,
+        algorithm: GRPO,
+        position: PrefixPosition,
+        microbatch_tokens: int,
+        reference: str = "no_prefix",
+    ) -> None:
+        self.policy, self.algorithm, self.position = policy, algorithm, position
+        self.microbatch_tokens, self.reference = microbatch_tokens, reference
+
+    def __call__(
+        self,
+        groups: Sequence[Group],
+        prefix: Prefix,
+        old_prefix: Prefix | None,
+        initial_prefix: Prefix | None,
+        denominators: Denominators,
+    ) -> tuple[Prefix, Sums]:
+        """The gradient of these groups' share of the loss, and their metrics.
+
+        Args:
+            prefix: of the router being trained; its graph is not touched.
+            old_prefix: of the routers that sampled the groups, or None where that is the same router.
+            initial_prefix: of the router before training, when it is the KL reference.
+        """
+        gradient, sums = torch.zeros_like(prefix), Sums()
+        for rows in micro_batches(groups, prefix.shape[1], self.microbatch_tokens):
+            leaf = prefix[rows].detach().requires_grad_(True)
+            old = None if old_prefix is None else old_prefix[rows]
+            initial = None if initial_prefix is None else initial_prefix[rows]
+            loss = self._loss(groups[rows], leaf, old, initial, denominators, sums)
+            if loss.requires_grad:
+                loss.backward()
+            if leaf.grad is not None:
+                gradient[rows] = leaf.grad
+        return gradient, sums
+
+    def _loss(
+        self,
+        groups: Sequence[Group],
+        leaf: Prefix,
+        old_prefix: Prefix | None,
+        initial: Prefix | None,
+        denominators: Denominators,
+        sums: Sums,
+    ) -> Tensor:
+        slots, temperature = leaf.shape[1], groups[0].sampling.temperature
+        statistics, completions = self._statistics(groups, leaf, slots, temperature)
+        with torch.no_grad():
+            old = statistics.logprobs.detach()
+            if old_prefix is not None:
+                old = self._statistics(groups, old_prefix, slots, temperature)[0].logprobs
+            reference = None
+            if self.reference == "no_prefix":
+                reference = self._statistics(groups, None, 0, temperature)[0].logprobs
+            elif self.reference == "initial_router":
+                reference = self._statistics(groups, initial, slots, temperature)[0].logprobs
+        target = targets(groups, completions)
+        batch = TokenBatch(
+            statistics.logprobs, old, target.sampler, reference, target.rewards, target.ok, target.valid
+        )
+        terms = self.algorithm.loss(batch, denominators)
+        _count(sums, batch, statistics, terms)
+        return terms.loss
+
+    def _statistics(
+        self, groups: Sequence[Group], prefix: Prefix | None, slots: int, temperature: float
+    ) -> tuple[TokenStatistics, CompletionBatch]:
+        device, pad_id = self.policy.device, self.policy.pad_id
+        prompts = lay_out_prompts([g.prompt_tokens for g in groups], slots, pad_id, self.position, device=device)
+        completions = lay_out_completions(prompts, [[c.tokens for c in g.completions] for g in groups], pad_id)
+        return completion_logprobs(self.policy, prompts, prefix, completions, temperature), completions
+
+
+def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: LossTerms) -> None:
+    valid = batch.valid
+    mismatch = torch.where(valid, (batch.old - batch.sampler).abs(), 0.0)
+    sums.mismatch_max = max(sums.mismatch_max, mismatch.max().item())
+    sums.add(
+        loss=terms.loss.item(),
+        tokens=valid.sum().item(),
+        kl=torch.where(valid, terms.kl, 0.0).sum().item(),
+        entropy=torch.where(valid, statistics.entropy, 0.0).sum().item(),
+        clipped=terms.clipped.sum().item(),
+        corrected=terms.corrected.sum().item(),
+        kl_clamped=terms.kl_clamped.sum().item(),
+        mismatch=mismatch.sum().item(),
+        ratio=torch.where(valid, terms.ratio, 0.0).sum().item(),
+    )

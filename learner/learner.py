@@ -1,0 +1,229 @@
+"""One rank of the learner: a frozen policy copy and DeepSpeed's engine around the router.
+
+The order of an update: rebuild every group's prefix from what the rollout used, refuse what does
+not match, run the frozen policy for d loss / d prefix, then one backward and one step of the router.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.config import RouterConfig
+from experts.expert import Encoded
+from experts.loading import load_frozen, weights_sha256
+from experts.prefix import sketch
+from experts.state import (
+    Arrays,
+    RouterShape,
+    RouterSnapshot,
+    build_router,
+    put_arrays,
+    stack_features,
+    take_arrays,
+)
+from learner.algorithms import build_algorithm
+from learner.batch import global_denominators
+from learner.config import AlgorithmConfig, LearnerConfig
+from learner.engine import OptimizerState, Rendezvous, RouterEngine, init_ranks
+from learner.gradient import PrefixGradient, Sums
+from learner.losses import Denominators
+from rollout.sequence import PrefixPosition
+from rollout.types import Group, Rollout
+
+SKETCH_TOLERANCE = 1e-3
+
+
+class LearnerError(RuntimeError):
+    """Groups that do not belong to this learner's routers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerState:
+    """Everything a learner needs to go on: small, in full float32, independent of ranks and stage.
+
+    history: the last S + 1 routers by version, the current one included; `initial` the first of all.
+    """
+
+    snapshot: RouterSnapshot
+    optimizer: OptimizerState
+    history: dict[int, RouterSnapshot]
+    initial: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """One rank's part of an update.  `snapshot` and `state` come from rank 0 only."""
+
+    sums: Sums
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What every rank is built from."""
+
+    learner: LearnerConfig
+    algorithm: AlgorithmConfig
+    router: RouterConfig
+    policy_path: str
+    policy_dtype: str
+    shape: RouterShape
+    seed: int
+    max_staleness: int
+    threads: int = 0
+
+
+class LearnerRank:
+    """A rank; all ranks get the same calls with the same groups and take their own share of them."""
+
+    def __init__(self, spec: LearnerSpec, place: Rendezvous) -> None:
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        init_ranks(place)
+        device = "cuda" if spec.learner.gpus and torch.cuda.is_available() else "cpu"
+        self.spec, self.place = spec, place
+        self.policy = load_frozen(spec.policy_path, spec.policy_dtype, device, "policy")
+        router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device)
+        self.old_router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device).requires_grad_(False)
+        self.engine = RouterEngine(router, spec.learner)
+        self.gradient = PrefixGradient(
+            self.policy,
+            build_algorithm(spec.algorithm),
+            spec.router.prefix.position,
+            spec.learner.microbatch_tokens,
+            spec.algorithm.kl.reference if spec.algorithm.kl.coefficient else "none",
+        )
+        self.version, self.incarnation = 0, 0
+        self.initial = take_arrays(router)
+        self.history = {0: RouterSnapshot.of(self.initial, 0, 0)}
+
+    def __repr__(self) -> str:
+        return f"Learner(rank {self.place.rank})"
+
+    def ready(self) -> bool:
+        """Answers once the rank is built."""
+        return True
+
+    def sha256(self) -> str:
+        """Hash of this rank's policy copy as it is now."""
+        return weights_sha256(self.policy.model)
+
+    def trainable(self) -> dict[str, Any]:
+        """What the optimizer holds, for the proof that only the router trains."""
+        optimised = sum(p.numel() for group in self.engine.engine.optimizer.param_groups for p in group["params"])
+        grads = [name for name, p in self.policy.model.named_parameters() if p.requires_grad or p.grad is not None]
+        router = sum(p.numel() for p in self.engine.module.parameters())
+        return {"optimised": optimised, "router": router, "policy_with_gradient": grads}
+
+    def snapshot(self) -> RouterSnapshot:
+        """The current router."""
+        return self.history[self.version]
+
+    def state(self) -> LearnerState:
+        """Gathered from all ranks: every rank must be called."""
+        return LearnerState(self.snapshot(), self.engine.optimizer_state(), dict(self.history), self.initial)
+
+    def restore(self, state: LearnerState, incarnation: int) -> None:
+        """Goes on from a state; the incarnation tells its versions from those of a life before."""
+        self.engine.load(state.snapshot.arrays, state.optimizer)
+        self.version, self.incarnation, self.initial = state.snapshot.version, incarnation, state.initial
+        self.history = dict(state.history)
+
+    def start_from(self, arrays: Arrays) -> None:
+        """Starts training from another router's weights, with a fresh optimizer."""
+        put_arrays(self.engine.module, arrays)
+        self.engine.load(arrays, OptimizerState(0, {}))
+        self.initial = dict(arrays)
+        self.history = {0: RouterSnapshot.of(self.initial, 0, 0)}
+
+    def update(self, ordinals: Sequence[int], waves: int, *parts: Rollout | Encoded) -> UpdateResult:
+        """One update on the groups of `ordinals`.
+
+        Args:
+            parts: `waves` scored rollouts, then every wave's features, expert by expert.
+        """
+        start = time.perf_counter()
+        groups, features = select(ordinals, waves, parts)
+        denominators = global_denominators(groups, self.spec.algorithm.constant_length)
+        mine = slice(self.place.rank, None, self.place.world)
+        sums = self.backward(groups[mine], [rows[mine] for rows in features], denominators)
+        norm = self.finish_update()
+        return UpdateResult(sums, norm, time.perf_counter() - start)
+
+    def finish_update(self) -> float:
+        """The optimizer's step after `backward`; returns the gradient's norm before clipping."""
+        norm = self.engine.step()
+        self._advance()
+        return norm
+
+    def backward(self, groups: Sequence[Group], features: Sequence[Sequence[np.ndarray]], denominators: Denominators) -> Sums:
+        """Everything of an update before the optimizer's step."""
+        device = self.policy.device
+        stacked = stack_features(features, device)
+        visible = torch.from_numpy(np.stack([g.draws.expert_mask for g in groups])).to(device)
+        prefix = self.engine(stacked, visible).prefix
+        with torch.no_grad():
+            old = self._old_prefix(groups, stacked, visible, prefix)
+            initial = self._run_old(self.initial, stacked, visible) if self.gradient.reference == "initial_router" else None
+        gradient, sums = self.gradient(groups, prefix.detach(), old, initial, denominators)
+        self.engine.backward(prefix, gradient)
+        return sums
+
+    def _old_prefix(self, groups: Sequence[Group], features: list[Tensor], visible: Tensor, prefix: Tensor) -> Tensor | None:
+        """Prefixes of the routers that sampled these groups; None when that is the current router for all."""
+        rebuilt = prefix.detach()
+        stale = sorted({g.router.version for g in groups} - {self.version})
+        for version in stale:
+            if version not in self.history:
+                raise LearnerError(f"a group of router version {version} came at version {self.version}: older than kept")
+            rows = torch.tensor([g.router.version == version for g in groups], device=prefix.device)
+            made = self._run_old(self.history[version].arrays, [f[rows] for f in features], visible[rows])
+            rebuilt = rebuilt.clone()
+            rebuilt[rows] = made
+        self._refuse_other_prefix(groups, rebuilt)
+        return rebuilt if stale else None
+
+    def _run_old(self, arrays: Arrays, features: list[Tensor], visible: Tensor) -> Tensor:
+        put_arrays(self.old_router, arrays)
+        return self.old_router(features, visible).prefix
+
+    def _refuse_other_prefix(self, groups: Sequence[Group], rebuilt: Tensor) -> None:
+        for group, mine in zip(groups, sketch(rebuilt), strict=True):
+            known = self.history[group.router.version].checksum
+            scale = max(float(np.abs(mine).max()), 1e-12)
+            close = np.allclose(mine, group.prefix_sketch, rtol=0, atol=SKETCH_TOLERANCE * scale)
+            if group.router.checksum != known or not close:
+                raise LearnerError(
+                    f"prompt {group.ordinal}: its prefix does not match the one rebuilt from router version "
+                    f"{group.router.version}, its features and its draws: the group is refused"
+                )
+
+    def _advance(self) -> None:
+        self.version += 1
+        self.history[self.version] = RouterSnapshot.of(take_arrays(self.engine.module), self.version, self.incarnation)
+        for version in [v for v in self.history if v < self.version - self.spec.max_staleness]:
+            del self.history[version]
+
+
+def select(
+    ordinals: Sequence[int], waves: int, parts: Sequence[Rollout | Encoded]
+) -> tuple[list[Group], list[list[np.ndarray]]]:
+    """The groups of some ordinals, in their order, and every expert's features of them."""
+    rollouts, encoded = parts[:waves], parts[waves:]
+    experts = len(encoded) // max(waves, 1)
+    by_ordinal: dict[int, tuple[Group, list[np.ndarray]]] = {}
+    for wave, rollout in enumerate(rollouts):
+        assert isinstance(rollout, Rollout)
+        mine = encoded[wave * experts : (wave + 1) * experts]
+        for row, group in enumerate(rollout.groups):
+            by_ordinal[group.ordinal] = (group, [e.features[row] for e in mine])  # type: ignore[union-attr]
+    chosen = [by_ordinal[ordinal] for ordinal in ordinals]
+    return [group for group, _ in chosen], [[features[e] for _, features in chosen] for e in range(experts)]

@@ -1,0 +1,144 @@
+"""Scoring in a process that can be killed: a verifier that hangs or dies costs one completion."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Pipe
+
+from rewards.child import READY, Item, Verdict, unpack
+from rewards.verify import RewardsError, Verifier
+from rollout.types import RewardStatus, Score
+
+START_S = 180.0  # a cold import of a large verifier library on a loaded machine stays well below this
+
+
+class ScoringProcess:
+    """One warm process that scores one completion after another.
+
+    It ends with the THREAD that started it (Linux ties a child to the thread), so an owner should
+    call it from one lasting thread.
+    """
+
+    def __init__(self, verifiers: Mapping[str, Verifier], timeout_s: float) -> None:
+        """verifiers: by task name, importable where a new Python with this one's `sys.path` starts.
+
+        timeout_s: limit for one completion, in seconds, from the moment its scoring starts.
+
+        Raises:
+            RewardsError: when the verifiers cannot be pickled or loaded in the new process.
+        """
+        try:
+            self._pickled = pickle.dumps(dict(verifiers))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise RewardsError(f"the verifiers of {list(verifiers)} cannot be pickled: {error}") from error
+        self._names = list(verifiers)
+        self._timeout_s = timeout_s
+        self.restarts = -1
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the scoring process that is running now."""
+        return self._process.pid
+
+    def score(self, items: Sequence[Item]) -> list[Score]:
+        """One score per item, in order; see `Item` for what an item is.
+
+        Raises:
+            RewardsError: when a new process that is needed after a time-out does not start.
+        """
+        scores: list[Score] = []
+        idle_deaths = 0
+        while len(scores) < len(items):
+            answered = self._score_until_restart(items[len(scores) :])
+            idle_deaths = 0 if answered else idle_deaths + 1
+            if idle_deaths > 1:
+                raise RewardsError(
+                    f"the process that scores {self._names} ends before it starts on a completion; "
+                    "its standard error says why (can it import what the prompts' payloads hold?)"
+                )
+            scores += answered
+        return scores
+
+    def close(self) -> None:
+        """End the process and whatever it has started; may be called twice."""
+        self._connection.close()
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _score_until_restart(self, items: Sequence[Item]) -> list[Score]:
+        """Scores of the first items: all of them, or up to the one that made a new process necessary.
+
+        None at all when the process was gone before it started on the first one.
+        """
+        scores: list[Score] = []
+        started = False
+        try:
+            self._connection.send(list(items))
+            while len(scores) < len(items):
+                # The first announcement also waits for the batch to be read, which is no verifier's fault.
+                if not self._poller.poll(1000 * (self._timeout_s if started else START_S)):
+                    self._restart()
+                    late = _masked(RewardStatus.TIMEOUT, f"no verdict within {self._timeout_s:g} s")
+                    return [*scores, late] if started else []
+                verdict = unpack(self._connection.recv_bytes())
+                if started:
+                    scores.append(_score(verdict))
+                started = True
+        except (EOFError, ConnectionError):
+            self.close()  # an exit under way keeps its code
+            reason = f"the verifier ended its process (exit code {self._process.returncode})"
+            self._start()
+            if started:
+                scores.append(_masked(RewardStatus.ERROR, reason))
+        return scores
+
+    def _restart(self) -> None:
+        self.close()
+        self._start()
+
+    def _start(self) -> None:
+        """Start a process and wait until it has loaded the verifiers."""
+        # Not multiprocessing: its `spawn` runs the caller's main module again, which under Ray is Ray's own worker.
+        self._connection, theirs = Pipe()
+        paths = [os.path.abspath(path) for path in sys.path]
+        call = f"import sys; sys.path[:] = {paths!r}; from rewards.child import main"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"{call}; main({theirs.fileno()}, {os.getpid()})"],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # so that a kill takes along what a verifier has started
+        )
+        theirs.close()
+        self._poller = select.poll()  # Connection.poll would set up a new one for every completion
+        self._poller.register(self._connection, select.POLLIN)
+        self.restarts += 1
+        self._handshake()
+
+    def _handshake(self) -> None:
+        try:
+            self._connection.send_bytes(self._pickled)
+            answer = self._connection.recv() if self._connection.poll(START_S) else f"it was silent for {START_S:g} s"
+        except (EOFError, ConnectionError):
+            self.close()
+            answer = f"it ended with exit code {self._process.returncode}"
+        if answer != READY:
+            self.close()
+            raise RewardsError(f"the process that scores {self._names} did not start: {answer}")
+
+
+def _score(verdict: Verdict) -> Score:
+    if isinstance(verdict, str):
+        return _masked(RewardStatus.ERROR, verdict)
+    return Score(reward=verdict)
+
+
+def _masked(status: RewardStatus, reason: str) -> Score:
+    return Score(reward=0.0, status=status, reason=reason)

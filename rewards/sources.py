@@ -1,0 +1,144 @@
+"""The tasks of a run: where their prompts come from, and which of them are held out."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from rewards.composed import composed_entries
+from rewards.config import DataConfig, TaskConfig
+from rewards.gsm8k import NumberVerifier, gsm8k_entries
+from rewards.splits import SPLITS, Balance, Split, check_disjoint, split_of, within
+from rewards.verify import ExactInteger, RewardsError, Verifier
+from rollout.types import Prompt
+
+Entries = dict[str, list[Prompt]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task with its three pools; in each pool a prompt's `ordinal` is its index.
+
+    train: in random order, with the repeats that the source or the balance by answer gives.
+    validation, test: distinct prompts, none of them in another pool; any first n of them are
+        balanced by answer as `config.answers` says.
+    verifier: scores a completion of any of these prompts; can be pickled.
+    """
+
+    name: str
+    config: TaskConfig
+    train: tuple[Prompt, ...]
+    validation: tuple[Prompt, ...]
+    test: tuple[Prompt, ...]
+    verifier: Verifier
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many prompts each pool holds, and how many distinct ones the train pool does."""
+        distinct = len({prompt.text for prompt in self.train})
+        sizes = {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+        return sizes | {"train_distinct": distinct}
+
+
+def build_tasks(data: DataConfig) -> dict[str, Task]:
+    """Every task of the configuration, in its order, those of weight 0 included.
+
+    Raises:
+        RewardsError: naming the task and the setting to change; among others when a task has no
+            training prompts.
+    """
+    sources: dict[str, tuple[list[Prompt], Verifier]] = {}
+    by_name = {task.name: task for task in data.tasks}
+    for task in data.tasks:
+        if task.compose is None:
+            sources[task.name] = _source(task, data)
+    for task in data.tasks:
+        if task.compose is not None:
+            for part in task.compose:
+                if by_name[part].compose is not None:
+                    raise RewardsError(f"task {task.name!r}: its part {part!r} is composed itself; compose plain tasks")
+            parts = [(by_name[part], sources[part][0]) for part in task.compose]
+            sources[task.name] = composed_entries(task, data, parts), ExactInteger()
+    return {task.name: _task(task, data, *sources[task.name]) for task in data.tasks}
+
+
+def _source(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verifier]:
+    if task.dataset is not None:
+        from rewards.gym import GymVerifier, gym_entries  # two seconds to import; files and plug-ins do without
+
+        return gym_entries(task, data), GymVerifier(task.name, task.dataset, task.config)
+    if task.path is not None:
+        return gsm8k_entries(task, data), NumberVerifier()
+    return _plugin(task, data)
+
+
+def _plugin(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verifier]:
+    """Build `module:Class` with (task, data); it offers `entries() -> list[Prompt]` and `score(completion, prompt)`."""
+    made: Any = _load(task)(task, data)
+    for method in ("entries", "score"):
+        if not callable(getattr(made, method, None)):
+            raise RewardsError(f"task {task.name!r}: plugin {task.plugin!r} has no method {method}")
+    try:
+        pickle.dumps(made)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise RewardsError(f"task {task.name!r}: plugin {task.plugin!r} cannot be pickled: {error}") from error
+    entries = list(made.entries())
+    for entry in entries:
+        if not isinstance(entry, Prompt):
+            raise RewardsError(
+                f"task {task.name!r}: plugin {task.plugin!r} made a {type(entry).__name__}, not a Prompt"
+            )
+    return [replace(entry, task=task.name, payload={"question": entry.text} | entry.payload) for entry in entries], made
+
+
+def _load(task: TaskConfig) -> Callable[[TaskConfig, DataConfig], Any]:
+    module, _, name = (task.plugin or "").partition(":")
+    if not module or not name:
+        raise RewardsError(f"task {task.name!r}: plugin {task.plugin!r} must read module:Class")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise RewardsError(
+            f"task {task.name!r}: plugin {task.plugin!r}: no module {error.name!r}; is it on the PYTHONPATH?"
+        ) from error
+    if not callable(found):
+        raise RewardsError(f"task {task.name!r}: plugin {task.plugin!r}: module {module!r} has no class {name!r}")
+    return found
+
+
+def _task(task: TaskConfig, data: DataConfig, entries: Sequence[Prompt], verifier: Verifier) -> Task:
+    kept = within(entries, task.answers)
+    pools: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
+    for entry in kept:
+        pools[entry.payload.get("split") or split_of(entry.text, data)].append(entry)
+    if not pools["train"]:
+        raise RewardsError(
+            f"task {task.name!r}: no training prompts are left of {len(entries)} entries ({len(kept)} in the range of "
+            "answers); enlarge size, widen answers or lower data.validation and data.test"
+        )
+    balance = Balance(kept, task.answers.balance) if task.answers else None
+    final = {split: _pool(task, data, split, pools[split], balance) for split in SPLITS}
+    check_disjoint(task.name, final)
+    return Task(name=task.name, config=task, verifier=verifier, **final)
+
+
+def _pool(
+    task: TaskConfig, data: DataConfig, split: Split, entries: Sequence[Prompt], balance: Balance | None
+) -> tuple[Prompt, ...]:
+    rng = Random(f"{data.seed}/{task.name}/{split}")
+    chosen = list(entries) if split == "train" else _distinct(entries)
+    if balance is None:
+        rng.shuffle(chosen)
+    elif split == "train":
+        chosen = balance.resample(chosen, len(chosen), rng)
+    else:
+        chosen = balance.order(chosen, rng)
+    return tuple(replace(entry, ordinal=index) for index, entry in enumerate(chosen))
+
+
+def _distinct(entries: Sequence[Prompt]) -> list[Prompt]:
+    return list({entry.text: entry for entry in entries}.values())

@@ -1,0 +1,136 @@
+"""The endless order in which training prompts are issued."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from random import Random
+from typing import Any
+
+from rewards.config import DataConfig
+from rewards.sources import Task
+from rewards.splits import apportion
+from rewards.verify import RewardsError
+from rollout.types import Prompt
+
+_LONGEST_CYCLE = 1000
+_ORDERS_KEPT = 64
+
+
+class PromptStream:
+    """Prompt number 0, 1, 2, ... of the training stream, each a pure function of data seed and configuration.
+
+    Tasks take turns in a fixed cycle that follows their weights, so that every stretch of the stream
+    holds them in nearly exact shares.  Each task goes through its whole train pool in a new random
+    order before it repeats.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], data: DataConfig) -> None:
+        """tasks: as made by `build_tasks(data)`.
+
+        Raises:
+            RewardsError: when a task's weight is too small to ever come up.
+        """
+        self._tasks = tasks
+        self._seed = data.seed
+        self._counts = _cycle_counts({name: task.config.weight for name, task in tasks.items()})
+        self._cycle = _interleave(self._counts)
+        self._orders: dict[tuple[str, int], list[int]] = {}
+
+    def prompt(self, ordinal: int) -> Prompt:
+        """The prompt at a position of the stream, with that position as its `ordinal`.
+
+        Raises:
+            ValueError: when `ordinal` is negative.
+        """
+        if ordinal < 0:
+            raise ValueError(f"the stream starts at ordinal 0, asked for {ordinal}")
+        cycles, position = divmod(ordinal, len(self._cycle))
+        name, turn = self._cycle[position]
+        pool = self._tasks[name].train
+        epoch, index = divmod(cycles * self._counts[name] + turn, len(pool))
+        return replace(pool[self._order(name, epoch)[index]], ordinal=ordinal)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint notes, as plain JSON data; the position is the reader's own business."""
+        return {
+            "seed": self._seed,
+            "tasks": {
+                name: {"turns": self._counts.get(name, 0), "pools": _digest(t)} for name, t in self._tasks.items()
+            },
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Make sure that this stream continues the one that noted `state`.
+
+        Raises:
+            RewardsError: naming what differs: the seed, the tasks or one task's share or prompts.
+        """
+        mine = self.state()
+        if state.get("seed") != mine["seed"]:
+            raise RewardsError(
+                f"data.seed is {mine['seed']}, the checkpoint's was {state.get('seed')}; resume with that"
+            )
+        theirs = state.get("tasks", {})
+        if list(theirs) != list(mine["tasks"]):
+            raise RewardsError(f"data.tasks are {list(mine['tasks'])}, the checkpoint's were {list(theirs)}")
+        for name, noted in theirs.items():
+            for key, meaning in (("turns", "weight"), ("pools", "prompts")):
+                if noted.get(key) != mine["tasks"][name][key]:
+                    raise RewardsError(
+                        f"the {meaning} of task {name!r} differ from the checkpoint's; "
+                        "resume with the data section of the run's config.yaml, or start a new run"
+                    )
+
+    def _order(self, name: str, epoch: int) -> list[int]:
+        key = (name, epoch)
+        if key not in self._orders:
+            if len(self._orders) >= _ORDERS_KEPT:
+                self._orders.clear()
+            order = list(range(len(self._tasks[name].train)))
+            Random(f"{self._seed}/{name}/epoch {epoch}").shuffle(order)
+            self._orders[key] = order
+        return self._orders[key]
+
+
+def _cycle_counts(weights: Mapping[str, float]) -> dict[str, int]:
+    """How many turns each task has in a cycle: the smallest whole numbers in the weights' proportion."""
+    positive = {name: Fraction(weight).limit_denominator(10**6) for name, weight in weights.items() if weight > 0}
+    scale = math.lcm(*(share.denominator for share in positive.values()))
+    turns = {name: int(share * scale) for name, share in positive.items()}
+    common = math.gcd(*turns.values())
+    if common and sum(turns.values()) // common <= _LONGEST_CYCLE:
+        counts = {name: count // common for name, count in turns.items()}
+    else:
+        counts = apportion({name: weights[name] for name in positive}, _LONGEST_CYCLE)
+    for name, count in counts.items():
+        if not count:
+            raise RewardsError(
+                f"task {name!r}: weight {weights[name]} is under 1/{_LONGEST_CYCLE} of the stream; raise it or set 0"
+            )
+    return counts
+
+
+def _interleave(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """One cycle as (task, its turn in the cycle): always the task that is furthest behind its share."""
+    length = sum(counts.values())
+    given = dict.fromkeys(counts, 0)
+    cycle = []
+    for position in range(1, length + 1):
+        name = max(counts, key=lambda task: counts[task] * position - given[task] * length)
+        cycle.append((name, given[name]))
+        given[name] += 1
+    return cycle
+
+
+def _digest(task: Task) -> str:
+    """Hash over the task's pools, in their order."""
+    digest = hashlib.sha256()
+    for pool in (task.train, task.validation, task.test):
+        for prompt in pool:
+            digest.update(f"{prompt.text}\0{prompt.answer}\0".encode())
+        digest.update(b"\1")
+    return digest.hexdigest()[:32]

@@ -1,0 +1,39 @@
+"""What every verifier is, and the error every part of this package raises."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+from rollout.types import Prompt
+
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+class RewardsError(ValueError):
+    """A task, its data or its verifier is not usable; one line naming the setting and what to do."""
+
+
+class Verifier(Protocol):
+    """Judges one completion.  Travels to the scoring process, so it must survive pickling."""
+
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """The completion's score, usually in [0, 1]; the prompt holds the gold answer."""
+        ...
+
+
+def integer(text: str) -> int | None:
+    """The integer that `text` consists of, spaces around it allowed, or None."""
+    stripped = text.strip()
+    return int(stripped) if _INTEGER.fullmatch(stripped) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ExactInteger:
+    """Scores 1 when the whole completion is the gold integer, spaces around it allowed, else 0."""
+
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """1.0 or 0.0."""
+        given = integer(completion)
+        return float(given is not None and given == integer(prompt.answer))

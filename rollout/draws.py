@@ -1,0 +1,31 @@
+"""Random draws that depend on names alone: never on batch order, worker count or what was drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from rollout.types import Draws
+
+
+def generator(*name: int | str) -> np.random.Generator:
+    """A counter-based generator for a name such as (seed, ordinal, sample, version, "tokens")."""
+    digest = hashlib.blake2b("|".join(map(str, name)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+def token_uniforms(seed: int, ordinal: int, version: int, samples: int, length: int) -> np.ndarray:
+    """(samples, length) float64 in [0, 1): every completion of a prompt has its own generator."""
+    return np.stack([generator(seed, ordinal, sample, version, "tokens").random(length) for sample in range(samples)])
+
+
+def collaborator_draws(seed: int, ordinal: int, version: int, experts: int, dropout: float) -> Draws:
+    """Which experts a group's router sees; at least one always stays."""
+    visible = np.ones(experts, dtype=bool)
+    if dropout > 0:
+        rng = generator(seed, ordinal, version, "experts")
+        visible = rng.random(experts) >= dropout
+        if not visible.any():
+            visible[rng.integers(experts)] = True
+    return Draws(expert_mask=visible)

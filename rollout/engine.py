@@ -1,0 +1,142 @@
+"""The policy engine on transformers: one prefill a prompt, its keys and values shared by the samples.
+
+The policy is frozen, so an engine never reloads weights: a sequence is always produced under
+exactly one router version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experts.loading import FrozenModel
+from rollout.sequence import PrefixPosition, Tokens, lay_out_prompts, next_positions, with_prefix
+from rollout.types import Completion, FinishReason, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for the engine.
+
+    tokens: the prompt's token ids.
+    uniforms: (samples, max_new_tokens) float64 draws in [0, 1), one a sampled token; they make a
+        completion independent of what else is in the batch.
+    """
+
+    tokens: Tokens
+    uniforms: np.ndarray | None
+
+
+class PolicyEngine(Protocol):
+    """What a rollout worker needs of an engine."""
+
+    def generate(
+        self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
+    ) -> list[list[Completion]]:
+        """`sampling.samples` completions for every request; no prefix means no slots at all."""
+        ...
+
+
+class TransformersEngine:
+    """Batched sampling with a KV cache."""
+
+    def __init__(self, policy: FrozenModel, position: PrefixPosition) -> None:
+        self.policy = policy
+        self.position: PrefixPosition = position
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
+    ) -> list[list[Completion]]:
+        """See `PolicyEngine.generate`.  Temperature 0 takes the most likely token."""
+        from transformers import DynamicCache
+
+        model, device = self.policy.model, self.policy.device
+        slots = 0 if prefix is None else prefix.shape[1]
+        batch = lay_out_prompts([r.tokens for r in requests], slots, self.policy.pad_id, self.position, device=device)
+        embedded = with_prefix(self.policy.embed(batch.tokens), prefix, batch)
+        cache = DynamicCache()
+        out = model(
+            inputs_embeds=embedded,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(sampling.samples)
+        logits = out.logits[:, -1].repeat_interleave(sampling.samples, dim=0)
+        mask = batch.mask.repeat_interleave(sampling.samples, dim=0)
+        uniforms = _stack_uniforms(requests, device)
+        ends = torch.tensor(self.policy.end_tokens, device=device)
+        done = torch.zeros(len(mask), dtype=torch.bool, device=device)
+        tokens, logprobs = [], []
+        for step in range(sampling.max_new_tokens):
+            chosen, chosen_logprobs = pick(logits, sampling.temperature, None if uniforms is None else uniforms[:, step])
+            tokens.append(chosen)
+            logprobs.append(chosen_logprobs)
+            done = done | torch.isin(chosen, ends)
+            if step + 1 == sampling.max_new_tokens or bool(done.all()):
+                break
+            positions = next_positions(mask)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            out = model(
+                input_ids=chosen[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1]
+        flat = self._completions(torch.stack(tokens, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy())
+        return [flat[i : i + sampling.samples] for i in range(0, len(flat), sampling.samples)]
+
+    def _completions(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
+        ended = np.isin(tokens, self.policy.end_tokens)
+        stopped = ended.any(axis=1)
+        lengths = np.where(stopped, ended.argmax(axis=1) + 1, tokens.shape[1])
+        shown = [row[: length - 1 if stop else length] for row, length, stop in zip(tokens, lengths, stopped, strict=True)]
+        texts = self.policy.tokenizer.batch_decode(shown)
+        return [
+            Completion(
+                tokens=row[:length],
+                logprobs=row_logprobs[:length],
+                text=text,
+                finish=FinishReason.STOP if stop else FinishReason.LENGTH,
+            )
+            for row, row_logprobs, length, stop, text in zip(tokens, logprobs, lengths, stopped, texts, strict=True)
+        ]
+
+
+def pick(
+    logits: Float[Tensor, "rows vocabulary"], temperature: float, uniforms: Float[Tensor, " rows"] | None
+) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability under the distribution it was drawn from.
+
+    Sampling inverts the cumulative distribution at the row's own uniform draw, in float64: the
+    draw decides, never the order of rows in the batch.
+    """
+    scaled = logits.float() / (temperature or 1.0)
+    logprobs = scaled.log_softmax(dim=-1)
+    if temperature == 0:
+        chosen = logprobs.argmax(dim=-1)
+    else:
+        if uniforms is None:
+            raise ValueError("sampling at a temperature above 0 needs the requests' uniform draws")
+        cumulative = logprobs.double().exp().cumsum(dim=-1)
+        target = uniforms[:, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
+
+
+def _stack_uniforms(requests: Sequence[Request], device: torch.device) -> Tensor | None:
+    rows = [request.uniforms for request in requests if request.uniforms is not None]
+    if len(rows) != len(requests):
+        return None
+    return torch.from_numpy(np.concatenate(rows)).to(device)

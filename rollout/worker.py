@@ -1,0 +1,134 @@
+"""The rollout worker: a frozen policy, the current router, and prompts turned into groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.config import RouterConfig
+from experts.expert import Encoded
+from experts.loading import load_frozen, weights_sha256
+from experts.prefix import prefix_hash, sketch
+from experts.state import RouterShape, RouterSnapshot, build_router, embedding_rms, put_arrays, stack_features
+from rollout.config import PolicyConfig
+from rollout.draws import collaborator_draws, token_uniforms
+from rollout.engine import Request, TransformersEngine
+from rollout.types import Draws, Group, Prompt, Rollout, RouterStamp, Sampling
+
+
+class RolloutWorker:
+    """Generates groups; holds one policy copy and at most one router version at a time."""
+
+    def __init__(self, policy: PolicyConfig, path: str, router: RouterConfig, seed: int, index: int = 0, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        device = "cuda" if policy.gpus and torch.cuda.is_available() else "cpu"
+        self.index, self.seed, self.router_config = index, seed, router
+        self.policy = load_frozen(path, policy.dtype, device, "policy")
+        self.engine = TransformersEngine(self.policy, router.prefix.position)
+        self._embedding_rms = embedding_rms(self.policy)
+        self._router: torch.nn.Module | None = None
+        self._stamp: RouterStamp | None = None
+
+    def __repr__(self) -> str:
+        return f"Rollout({self.index})"
+
+    def info(self) -> dict[str, Any]:
+        """Width, parameters and fingerprints of the policy, for the router's shape and the run's summary."""
+        return {
+            "name": "policy",
+            "width": self.policy.width,
+            "parameters": self.policy.parameters,
+            "fingerprint": self.policy.fingerprint(),
+            "embedding_rms": self._embedding_rms,
+            "sha256": self.sha256(),
+        }
+
+    def sha256(self) -> str:
+        """Hash of the policy's weights as they are now."""
+        return weights_sha256(self.policy.model)
+
+    def attach(self, shape: RouterShape) -> None:
+        """Builds the router's module once the experts' widths are known."""
+        self._router = build_router(self.router_config, shape, self.policy).to(self.policy.device)
+        self._router.requires_grad_(False)
+        self._stamp = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        snapshot: RouterSnapshot,
+        *encoded: Encoded,
+        training: bool = True,
+    ) -> Rollout:
+        """One group a prompt, all under the snapshot's router.
+
+        encoded: every expert's features of these prompts, in the router's order; none at all asks
+            for the frozen policy without a prefix.
+        training: draws expert dropout; evaluation shows the router every expert.
+        """
+        start = time.perf_counter()
+        dropout = self.router_config.expert_dropout if training else 0.0
+        draws = [
+            collaborator_draws(self.seed, p.ordinal, snapshot.version, len(encoded), dropout) for p in prompts
+        ]
+        prefix, attention = self._prefix(snapshot, encoded, draws) if encoded else (None, None)
+        tokens = [np.asarray(self.policy.tokenize(prompt.messages), dtype=np.int64) for prompt in prompts]
+        requests = [Request(t, self._uniforms(p, snapshot, sampling)) for t, p in zip(tokens, prompts, strict=True)]
+        completions = self.engine.generate(requests, prefix, sampling)
+        stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
+        norms = self._rms_ratios(prefix, len(prompts))
+        groups = tuple(
+            Group(
+                prompt=prompt,
+                prompt_tokens=tokens[i],
+                completions=tuple(completions[i]),
+                sampling=sampling,
+                router=stamp,
+                draws=draws[i],
+                prefix_hash=prefix_hash(prefix[i]) if prefix is not None else "",
+                prefix_sketch=sketch(prefix[i : i + 1])[0] if prefix is not None else np.zeros(0, np.float32),
+                prefix_rms_ratio=norms[i],
+                feature_keys=tuple(e.keys[i] for e in encoded),
+                attention=attention[i] if attention is not None else np.zeros((0, 0), np.float32),
+            )
+            for i, prompt in enumerate(prompts)
+        )
+        sampled = sum(len(c.tokens) for group in completions for c in group)
+        return Rollout(
+            groups,
+            sampled,
+            hits=sum(e.hits for e in encoded),
+            misses=sum(e.misses for e in encoded),
+            seconds=time.perf_counter() - start,
+            encode_s=max((e.seconds for e in encoded), default=0.0),
+        )
+
+    def _prefix(self, snapshot: RouterSnapshot, encoded: Sequence[Encoded], draws: Sequence[Draws]) -> tuple[Tensor, np.ndarray]:
+        if self._router is None:
+            raise RuntimeError("generate was called before attach: the router's shape is not known")
+        stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
+        if stamp != self._stamp:
+            put_arrays(self._router, snapshot.arrays)
+            self._stamp = stamp
+        features = stack_features([e.features for e in encoded], self.policy.device)
+        visible = torch.from_numpy(np.stack([d.expert_mask for d in draws])).to(self.policy.device)
+        out = self._router(features, visible)
+        return out.prefix, out.attention.mean(dim=1).float().cpu().numpy()
+
+    def _uniforms(self, prompt: Prompt, snapshot: RouterSnapshot, sampling: Sampling) -> np.ndarray | None:
+        if sampling.temperature == 0:
+            return None
+        return token_uniforms(self.seed, prompt.ordinal, snapshot.version, sampling.samples, sampling.max_new_tokens)
+
+    def _rms_ratios(self, prefix: Tensor | None, prompts: int) -> list[float]:
+        if prefix is None:
+            return [0.0] * prompts
+        return (prefix.float().pow(2).mean(dim=(1, 2)).sqrt() / self._embedding_rms).tolist()

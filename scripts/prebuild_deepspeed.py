@@ -1,0 +1,58 @@
+"""Compiles DeepSpeed's CPU communication op now, so that the first training does not wait for it.
+
+Where there is a GPU, DeepSpeed needs no such op and there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from cluster.jobs.doctor import op_folder, stale_lock
+
+
+def drop_stale_lock() -> None:
+    """Removes the lock of a build that was killed.
+
+    A living build closes its lock an instant before it removes it, so only a lock that nobody holds twice in a row
+    is stale.
+    """
+    if stale_lock(op_folder()) is None:
+        return
+    time.sleep(1.0)
+    if lock := stale_lock(op_folder()):
+        lock.unlink(missing_ok=True)
+        print(f"removed the lock of a build that was killed: {lock}")
+
+
+def main() -> int:
+    """Builds the op; the exit status."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed may take a driver without a device for a GPU
+    # torch calls `ninja` by name; pip put it beside the interpreter.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    drop_stale_lock()
+
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        print("not needed on this machine")
+        return 0
+    started = time.monotonic()
+    try:
+        builder.load()
+    except (RuntimeError, ImportError) as error:
+        print("error: DeepSpeed's communication op does not compile:", file=sys.stderr)
+        print("\n".join(str(error).splitlines()[-15:]), file=sys.stderr)
+        return 1
+    print(f"ready after {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Every spelling of a final number."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.gsm8k import NumberVerifier, final_number, number
+from tests.rewards.verifiers import a_prompt
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1000",
+        "1,000",
+        "$1,000",
+        "1000.0",
+        "So 400 + 600 = 1,000.",
+        "It costs $ 1,000.00 in all.",
+        "2000/2",
+        r"\frac{2000}{2}",
+        "Steps: 7, 8.\n#### 1,000",
+        "#### $1000\nThat took 3 steps.",
+        r"First \boxed{3}, then \boxed{1,000}. Checked 2 times.",
+        r"\boxed{\dfrac{2000}{2}}",
+        r"\boxed{\text{\$}1000}",
+        "The answer is 1,000 dollars.\nThere were 12 months.",
+        "The final ANSWER IS: $1000.",
+        r"The answer is \boxed{1000}, not 999.",
+        "The answer is **1000**.",
+        "The answer is not 5, the answer is 1000.",
+    ],
+)
+def test_a_thousand_in_every_spelling(text: str) -> None:
+    assert NumberVerifier().score(text, a_prompt(answer="1000")) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no number", "100", "1000.5", "-1000", "#### 5\n1000", r"\boxed{5} 1000", "#### none\n1000", "1000/0"]
+)
+def test_what_is_not_a_thousand(text: str) -> None:
+    assert NumberVerifier().score(text, a_prompt(answer="1000")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("10-3 = 7", 7),
+        ("7 = 10-3", 3),
+        ("it is -3", -3),
+        ("it is -$3", -3),
+        ("it is $-3", -3),
+        ("1/3", Fraction(1, 3)),
+        (".5", 0.5),
+    ],
+)
+def test_signs_and_fractions(text: str, value: float | Fraction) -> None:
+    assert final_number(text) == value
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(1, 10**6))
+def test_a_number_is_read_back_from_any_way_of_writing_it(top: int, bottom: int) -> None:
+    for spelling in (f"{top}", f"{top:,}", f"{top}.0", f"#### {top:,}", f"\\boxed{{{top}}}", f"the answer is {top}."):
+        assert final_number(spelling) == top, spelling
+    assert number(f"{top}/{bottom}") == Fraction(top, bottom)
+
+
+@given(st.text(alphabet="0123456789.,$/-\\boxedfrac{}# answer is\n", max_size=60))
+def test_no_text_makes_it_raise(text: str) -> None:
+    assert final_number(text) is None or isinstance(final_number(text), Fraction)

@@ -1,0 +1,196 @@
+"""Tasks from every kind of source, and what is said when one is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewards.config import DataConfig
+from rewards.sources import Task, build_tasks
+from rewards.verify import RewardsError
+from tests.rewards.conftest import BOTH, LEGS, SUMS, data_of
+
+WORDS = str(Path(__file__).parents[1] / "data" / "word_problems.jsonl")
+PLUGIN = "tests.rewards.verifiers:Doubles"
+
+
+def test_tasks_come_in_the_order_of_the_configuration(tasks: dict[str, Task]) -> None:
+    assert list(tasks) == ["both", "sums", "legs"]
+    assert all(prompt.task == name for name, task in tasks.items() for prompt in (*task.train[:5], *task.test[:5]))
+
+
+def test_the_same_configuration_gives_the_same_pools_and_another_seed_does_not(
+    data: DataConfig, tasks: dict[str, Task]
+) -> None:
+    again = build_tasks(data)
+    assert {name: (t.train, t.validation, t.test) for name, t in again.items()} == {
+        name: (t.train, t.validation, t.test) for name, t in tasks.items()
+    }
+    assert build_tasks(data_of(BOTH, SUMS, LEGS, seed=2))["both"].train != tasks["both"].train
+
+
+def test_training_answers_are_in_range_and_nearly_balanced(tasks: dict[str, Task]) -> None:
+    task = tasks["sums"]
+    answers = Counter(int(prompt.answer) for prompt in task.train)
+    assert set(answers) == set(range(13))
+    assert max(answers.values()) < 1.5 * min(answers.values())
+    assert task.counts["train"] == len(task.train) > task.counts["train_distinct"]
+
+
+def test_gym_verifiers_accept_the_gold_answer_only_and_read_answer_tags(tasks: dict[str, Task]) -> None:
+    prompt = tasks["sums"].test[0]
+    verifier = pickle.loads(pickle.dumps(tasks["sums"].verifier))
+    assert verifier.score(f" {prompt.answer}\n", prompt) == 1.0
+    assert verifier.score(f"I think <answer> {prompt.answer} </answer>", prompt) == 1.0
+    assert verifier.score(str(int(prompt.answer) + 1), prompt) < 0.99
+    assert verifier.score("", prompt) == 0.0
+    assert "_scorer" not in vars(pickle.loads(pickle.dumps(verifier)))  # the data set is built anew where it scores
+
+
+def test_enum_settings_are_given_by_name() -> None:
+    aiw = {"name": "alice", "dataset": "aiw", "size": 300}
+    config = {"task_types": ["siblings", "FRIENDS"], "task_type_weights": [0.5, 0.5]}
+    task = build_tasks(data_of(aiw | {"config": config}))["alice"]
+    assert not any("colleagues" in prompt.text for prompt in task.train)
+    with pytest.raises(RewardsError, match="needs task_type_weights, one for each of task_types"):
+        build_tasks(data_of(aiw | {"config": {"task_types": ["siblings", "friends"]}}))
+    with pytest.raises(RewardsError, match="no 'sibling'; did you mean siblings"):
+        build_tasks(data_of(aiw | {"config": config | {"task_types": ["sibling", "friends"]}}))
+
+
+def test_composed_prompts_show_both_questions_and_combine_both_answers(tasks: dict[str, Task]) -> None:
+    task = tasks["both"]
+    for prompt in (*task.train[:200], *task.test):
+        first, second = prompt.payload["parts"]
+        assert (first["task"], second["task"]) == ("sums", "legs")
+        assert prompt.text == (
+            f"Problem 1: {first['question']}\nProblem 2: {second['question']}\n"
+            "What is the sum of the two answers?\nAnswer:"
+        )
+        expression = re.search(r"problem: (.*) =", first["question"])
+        assert expression and eval(expression.group(1)) + int(second["answer"]) == int(prompt.answer)
+    gold = task.test[0].answer
+    assert task.verifier.score(f" {gold} \n", task.test[0]) == 1.0
+    for wrong in ("", f"{gold}.", f"{gold} {gold}", f"1{gold}", "answer"):
+        assert task.verifier.score(wrong, task.test[0]) == 0.0
+
+
+def test_composed_parts_keep_the_balance_of_their_own_tasks(tasks: dict[str, Task]) -> None:
+    first = Counter(prompt.payload["parts"][0]["answer"] for prompt in tasks["both"].train)
+    assert set(first) == {str(n) for n in range(13)}
+    assert max(first.values()) < 1.5 * min(first.values())
+
+
+@pytest.mark.parametrize(
+    ("operation", "compose", "words", "combined"),
+    [
+        ("difference", ["sums", "legs"], "the first answer minus the second?", lambda a, b: a - b),
+        ("maximum", ["sums", "legs"], "the largest of the two answers?", max),
+        ("sum", ["sums", "legs", "sums"], "the sum of the three answers?", lambda a, b, c: a + b + c),
+        ("difference", ["sums", "legs", "sums"], "minus the sum of the other two?", lambda a, b, c: a - b - c),
+    ],
+)
+def test_every_operation_says_what_it_combines(operation: str, compose: list[str], words: str, combined: Any) -> None:
+    both = {"name": "both", "compose": compose, "operation": operation, "size": 100}
+    for prompt in build_tasks(data_of(both, SUMS | {"size": 300}, LEGS | {"size": 300}))["both"].train:
+        assert words in prompt.text
+        assert int(prompt.answer) == combined(*(int(part["answer"]) for part in prompt.payload["parts"]))
+
+
+def test_a_local_file_gives_prompts_with_bare_gold_answers(tmp_path: Path) -> None:
+    task = build_tasks(data_of({"name": "words", "path": WORDS}, validation=0.01, test=0.01))["words"]
+    prompts = {prompt.text: prompt for prompt in (*task.train, *task.validation, *task.test)}
+    assert len(prompts) == 8
+    assert {"36", "1000", "-3", "2/3", "2.5"} <= {prompt.answer for prompt in prompts.values()}
+    assert all(task.verifier.score(p.payload["solution"], p) == 1.0 for p in prompts.values())
+    assert len(build_tasks(data_of({"name": "words", "path": WORDS, "size": 3}))["words"].train) <= 3
+
+
+def test_a_parquet_file_reads_the_same(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [json.loads(line) for line in Path(WORDS).read_text().splitlines()]
+    Dataset.from_list(rows).to_parquet(tmp_path / "words.parquet")
+    json_pools = build_tasks(data_of({"name": "words", "path": WORDS}))["words"]
+    parquet_pools = build_tasks(data_of({"name": "words", "path": str(tmp_path / "words.parquet")}))["words"]
+    assert json_pools.train == parquet_pools.train
+
+
+def test_a_plugin_brings_entries_and_scores(tasks: dict[str, Task]) -> None:
+    task = build_tasks(data_of({"name": "doubles", "plugin": PLUGIN, "size": 200}))["doubles"]
+    assert task.counts["train"] + task.counts["validation"] + task.counts["test"] == 200
+    assert all(prompt.task == "doubles" for prompt in task.train)
+    assert task.verifier.score(task.train[0].answer, task.train[0]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"dataset": "chain_sums"}, "task 't': Reasoning Gym has no data set 'chain_sums'; did you mean .*chain_sum"),
+        (
+            {"dataset": "chain_sum", "config": {"min_term": 2}},
+            "chain_sum has no setting 'min_term'; did you mean min_terms",
+        ),
+        ({"dataset": "chain_sum", "config": {"seed": 2}}, "set data.seed and the task's size instead of config.seed"),
+        ({"dataset": "chain_sum", "config": {"min_terms": 9, "max_terms": 3}}, "chain_sum refuses config .*max_terms"),
+        ({"path": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
+        ({"path": "some/dataset"}, "path 'some/dataset' is neither .jsonl, .json, .parquet nor openai/gsm8k"),
+        ({"plugin": "Doubles"}, "plugin 'Doubles' must read module:Class"),
+        ({"plugin": "tests.nothing:Doubles"}, "no module 'tests.nothing'"),
+        ({"plugin": "tests.rewards.verifiers:Double"}, "module 'tests.rewards.verifiers' has no class 'Double'"),
+        ({"plugin": "tests.rewards.verifiers:WithoutEntries"}, "has no method entries"),
+        ({"plugin": "tests.rewards.verifiers:Unpicklable"}, "cannot be pickled"),
+        (
+            {"plugin": PLUGIN, "answers": {"min": 1000, "max": 1001}, "size": 50},
+            "no training prompts are left of 50 entries .0 in the range",
+        ),
+    ],
+)
+def test_a_wrong_task_is_refused_with_one_line_that_says_what_to_do(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardsError, match=message) as caught:
+        build_tasks(data_of({"name": "t", **task}))
+    assert "\n" not in str(caught.value)
+    assert "'t'" in str(caught.value)
+
+
+def test_rows_that_are_no_word_problems_are_refused(tmp_path: Path) -> None:
+    for row, message in (
+        ({"question": "How many?"}, "row 0 of .* has no text in column 'answer'"),
+        ({"question": "How many?", "answer": "#### many"}, "answer 'many' is no number"),
+    ):
+        path = tmp_path / f"{len(row)}.jsonl"
+        path.write_text(json.dumps(row))
+        with pytest.raises(RewardsError, match=message):
+            build_tasks(data_of({"name": "t", "path": str(path)}))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question": ')
+    with pytest.raises(RewardsError, match="cannot read"):
+        build_tasks(data_of({"name": "t", "path": str(broken)}))
+
+
+def test_compositions_need_plain_parts_with_integer_answers() -> None:
+    doubles = {"name": "doubles", "plugin": PLUGIN, "size": 50}
+    pair = {"name": "pair", "compose": ["doubles", "doubles"]}
+    with pytest.raises(RewardsError, match="its part 'pair' is composed itself"):
+        build_tasks(data_of(doubles, pair, {"name": "more", "compose": ["doubles", "pair"]}))
+    with pytest.raises(RewardsError, match="part 'doubles' has no entries with an integer answer"):
+        build_tasks(data_of(doubles | {"answers": {"min": 1000, "max": 1001}}, pair))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"compose": ["t2"]}, "compose takes 2 or 3 tasks, got 1"),
+        ({"path": "x.jsonl", "config": {"min_terms": 1}}, "config is for Reasoning Gym data sets; path takes none"),
+        ({"dataset": "a", "answers": {"min": 3, "max": 1}}, "answers.min is 3, above answers.max, 1"),
+    ],
+)
+def test_the_configuration_refuses_what_can_be_seen_without_data(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data_of({"name": "t", **task}, {"name": "t2", "plugin": PLUGIN})

@@ -1,0 +1,109 @@
+"""Held-out prompts stay held out, and pools are balanced by answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.config import AnswerRange, DataConfig
+from rewards.sources import Task, build_tasks
+from rewards.splits import Balance, apportion, check_disjoint, split_of, within
+from rewards.verify import RewardsError
+from tests.rewards.conftest import BOTH, LEGS, SUMS, data_of
+from tests.rewards.verifiers import a_prompt
+
+
+def test_no_prompt_is_in_two_splits_and_held_out_prompts_are_distinct(tasks: dict[str, Task]) -> None:
+    for task in tasks.values():
+        pools = {"train": task.train, "validation": task.validation, "test": task.test}
+        texts = {split: [prompt.text for prompt in pool] for split, pool in pools.items()}
+        assert not set(texts["train"]) & set(texts["validation"])
+        assert not set(texts["train"]) & set(texts["test"])
+        assert not set(texts["validation"]) & set(texts["test"])
+        assert len(set(texts["test"])) == len(texts["test"]) > 70
+        assert len(set(texts["validation"])) == len(texts["validation"]) > 40
+        assert [prompt.ordinal for prompt in task.train] == list(range(len(task.train)))
+
+
+def test_a_prompt_stays_in_its_split_whatever_the_seed_the_size_and_the_other_tasks(tasks: dict[str, Task]) -> None:
+    other = build_tasks(data_of(LEGS, SUMS | {"size": 6000}, BOTH | {"operation": "maximum"}, seed=77))["sums"]
+    mine, theirs = tasks["sums"], other
+    shared = {p.text for p in mine.train} & {p.text for p in theirs.train}
+    assert len(shared) > 300
+    assert not {p.text for p in mine.train} & {p.text for p in (*theirs.validation, *theirs.test)}
+    assert not {p.text for p in theirs.train} & {p.text for p in (*mine.validation, *mine.test)}
+    assert not {p.text for p in mine.test} & {p.text for p in theirs.validation}
+
+
+def test_the_split_of_a_known_prompt_never_changes(data: DataConfig) -> None:
+    """Zoos and checkpoints in the field rely on it: a change of salt or hash must be deliberate."""
+    found = [split_of(f"{n} + 1 =\nAnswer:", data) for n in range(12)]
+    assert [n for n, split in enumerate(found) if split == "test"] == [1, 9, 11]
+    assert [n for n, split in enumerate(found) if split == "validation"] == [3, 8]
+
+
+@given(st.text(), st.floats(0.01, 0.4), st.floats(0.01, 0.4), st.floats(0.01, 0.4))
+def test_changing_the_validation_share_moves_nothing_in_or_out_of_test(
+    text: str, test: float, one: float, another: float
+) -> None:
+    splits = {split_of(text, data_of(SUMS, test=test, validation=share)) for share in (one, another)}
+    assert splits == {"test"} or "test" not in splits
+
+
+def test_the_shares_are_those_asked_for(data: DataConfig) -> None:
+    counts = Counter(split_of(f"question {n}", data) for n in range(20_000))
+    assert counts["test"] / 20_000 == pytest.approx(data.test, abs=0.01)
+    assert counts["validation"] / 20_000 == pytest.approx(data.validation, abs=0.01)
+
+
+def test_the_check_refuses_a_text_in_two_splits_and_a_repeated_held_out_text() -> None:
+    one, two = a_prompt(text="one"), a_prompt(text="two")
+    check_disjoint("t", {"train": (one, one), "validation": (two,), "test": ()})
+    with pytest.raises(RewardsError, match="both in train and in test: 'one'"):
+        check_disjoint("t", {"train": (one,), "validation": (two,), "test": (one,)})
+    with pytest.raises(RewardsError, match="2 times in test"):
+        check_disjoint("t", {"train": (one,), "validation": (), "test": (two, two)})
+
+
+def test_a_range_keeps_integers_inside_it_only() -> None:
+    entries = [a_prompt(answer=answer) for answer in ("-1", "0", "5", "12", "13", "5.5", "five")]
+    assert [e.answer for e in within(entries, AnswerRange(min=0, max=12))] == ["0", "5", "12"]
+    assert within(entries, None) == entries
+
+
+def test_weights_are_frequencies_to_the_power_of_the_balance() -> None:
+    entries = [a_prompt(text=f"a{n}", answer="1") for n in range(900)] + [
+        a_prompt(text=f"b{n}", answer="2") for n in range(100)
+    ]
+    for exponent in (0.0, 0.15, 0.5, 1.0):
+        drawn = Counter(e.answer for e in Balance(entries, exponent).resample(entries, 1000, Random(0)))
+        expected = 1000 * 0.9**exponent / (0.9**exponent + 0.1**exponent)
+        assert drawn["1"] == pytest.approx(expected, abs=1)
+
+
+def test_resampling_uses_every_entry_of_a_value_before_it_repeats_one() -> None:
+    entries = [a_prompt(text=str(n), answer="1") for n in range(10)]
+    times = Counter(e.text for e in Balance(entries, 0.5).resample(entries, 25, Random(0)))
+    assert len(times) == 10
+    assert set(times.values()) == {2, 3}
+
+
+def test_held_out_order_is_balanced_from_its_start_and_loses_nothing() -> None:
+    entries = [a_prompt(text=f"a{n}", answer="1") for n in range(900)] + [
+        a_prompt(text=f"b{n}", answer="2") for n in range(100)
+    ]
+    ordered = Balance(entries, 0.0).order(entries, Random(0))
+    assert sorted(e.text for e in ordered) == sorted(e.text for e in entries)
+    assert Counter(e.answer for e in ordered[:100])["1"] == pytest.approx(50, abs=15)
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0.001, 1.0), min_size=1, max_size=8), st.integers(0, 500))
+def test_apportioned_counts_sum_up_and_stay_within_one_of_exact(weights: dict[str, float], count: int) -> None:
+    counts = apportion(weights, count)
+    assert sum(counts.values()) == count
+    total = sum(weights.values())
+    assert all(abs(counts[key] - count * weight / total) < 1 + 1e-6 for key, weight in weights.items())

@@ -1,0 +1,199 @@
+"""Verifiers that hang, fail or die cost their own completion only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewards.config import RewardsConfig
+from rewards.verify import ExactInteger, RewardsError
+from rewards.worker import RewardWorker
+from rollout.types import Completion, Draws, FinishReason, Group, RewardStatus, RouterStamp, Sampling, Score
+from tests.rewards.verifiers import Obedient, Unloadable, a_prompt
+
+OK, TIMEOUT, ERROR = RewardStatus.OK, RewardStatus.TIMEOUT, RewardStatus.ERROR
+LIMIT_S = 0.5
+
+
+def a_group(*texts: str, task: str = "task", ordinal: int = 0, answer: str = "2") -> Group:
+    nothing = np.zeros(0, np.int64)
+    return Group(
+        prompt=a_prompt(task, answer=answer, ordinal=ordinal),
+        prompt_tokens=nothing,
+        completions=tuple(
+            Completion(tokens=nothing, logprobs=np.zeros(0, np.float32), text=text, finish=FinishReason.STOP)
+            for text in texts
+        ),
+        sampling=Sampling(temperature=1.0, max_new_tokens=4, samples=len(texts)),
+        router=RouterStamp(version=0, incarnation=0, checksum=""),
+        draws=Draws(expert_mask=np.ones(1, bool)),
+        prefix_hash="",
+        prefix_sketch=np.zeros(0, np.float32),
+        prefix_rms_ratio=0.0,
+        feature_keys=(),
+        attention=np.zeros((1, 1), np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[RewardWorker]:
+    config = RewardsConfig(binary_at=None, timeout_s=LIMIT_S)
+    made = RewardWorker({"task": Obedient(), "exact": ExactInteger()}, config, index=3)
+    yield made
+    made.close()
+
+
+def verdicts(worker: RewardWorker, *texts: str) -> tuple[Score, ...]:
+    return worker.score_groups([a_group(*texts)])[0].scores
+
+
+def test_groups_come_back_in_order_with_a_score_per_completion(worker: RewardWorker) -> None:
+    groups = [a_group("0.5", "1", ordinal=4), a_group("2", " 2\n", "3", task="exact", ordinal=2), a_group(ordinal=9)]
+    scored = worker.score_groups(groups)
+    assert [group.ordinal for group in scored] == [4, 2, 9]
+    assert [[score.reward for score in group.scores] for group in scored] == [[0.5, 1.0], [1.0, 1.0, 0.0], []]
+    assert all(score.status is OK and not score.reason for group in scored for score in group.scores)
+    assert worker.score_groups([]) == []
+
+
+def test_the_actor_s_call_gives_what_the_inline_call_gives(worker: RewardWorker) -> None:
+    groups = [a_group("0.5", "none")]
+    scores = asyncio.run(worker.score(groups))[0].scores
+    assert scores == worker.score_groups(groups)[0].scores
+
+
+def test_a_completion_that_takes_too_long_is_masked_and_the_rest_go_on(worker: RewardWorker) -> None:
+    before = worker.describe()
+    start = time.monotonic()
+    scores = verdicts(worker, "1", "regex", "0.25", "sleep 30", "0.5")
+    assert [score.status for score in scores] == [OK, TIMEOUT, OK, TIMEOUT, OK]
+    assert [score.reward for score in scores if score.status is OK] == [1.0, 0.25, 0.5]
+    assert "no verdict within 0.5 s" in scores[1].reason
+    assert time.monotonic() - start < 10
+    after = worker.describe()
+    assert after["restarts"] - before["restarts"] == 2
+    assert after["pid"] != before["pid"]
+    assert after["masked"]["task"] - before["masked"]["task"] == 2
+    assert after["scored"]["task"] - before["scored"]["task"] == 5
+
+
+def test_the_limit_is_for_one_completion_not_for_the_batch(worker: RewardWorker) -> None:
+    scores = verdicts(worker, *["sleep 0.2"] * 5)
+    assert [score.status for score in scores] == [OK] * 5
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("raise out of luck", "LookupError: out of luck"),
+        ("nan", "returned nan, not a finite number"),
+        ("inf", "returned inf"),
+        ("text", "returned '1'"),
+        ("none", "returned None"),
+        ("huge", "OverflowError"),
+        ("exit", "SystemExit: 3"),
+        ("die 7", "the verifier ended its process (exit code 7)"),
+        ("die 0", "the verifier ended its process (exit code 0)"),
+    ],
+)
+def test_a_verifier_that_fails_is_an_error_with_its_reason(worker: RewardWorker, command: str, reason: str) -> None:
+    scores = verdicts(worker, "1", command, "0.5")
+    assert [score.status for score in scores] == [OK, ERROR, OK]
+    assert [scores[0].reward, scores[2].reward] == [1.0, 0.5]
+    assert reason in scores[1].reason
+
+
+def test_a_failure_first_and_last_in_a_batch(worker: RewardWorker) -> None:
+    assert [score.status for score in verdicts(worker, "die 1", "1", "sleep 30")] == [ERROR, OK, TIMEOUT]
+    assert [score.status for score in verdicts(worker, "1")] == [OK]
+
+
+def test_a_process_that_died_between_batches_costs_no_completion(worker: RewardWorker) -> None:
+    os.kill(worker.describe()["pid"], 9)
+    assert [score.status for score in verdicts(worker, "1", "0.5")] == [OK, OK]
+
+
+def test_scores_are_mapped_to_zero_and_one_at_the_threshold() -> None:
+    worker = RewardWorker({"task": Obedient()}, RewardsConfig(binary_at=0.5, timeout_s=LIMIT_S))
+    scores = verdicts(worker, "0.49", "0.5", "1", "none")
+    worker.close()
+    assert [score.reward for score in scores[:3]] == [0.0, 1.0, 1.0]
+    assert scores[3].status is ERROR
+
+
+def test_the_scoring_process_imports_no_torch(worker: RewardWorker) -> None:
+    assert [s.reward for s in verdicts(worker, "imported torch", "imported ray", "imported rewards.child")] == [0, 0, 1]
+
+
+def test_a_time_out_takes_along_what_the_verifier_started(worker: RewardWorker, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    assert verdicts(worker, f"child {note}")[0].status is TIMEOUT
+    assert gone(int(note.read_text()))
+
+
+def test_the_scoring_process_ends_with_its_parent_even_inside_a_verifier() -> None:
+    script = (
+        "import os, threading, time\n"
+        "from tests.rewards.test_worker import *\n"
+        "worker = RewardWorker({'task': Obedient()}, RewardsConfig(timeout_s=60))\n"
+        "print(worker.describe()['pid'], flush=True)\n"
+        "threading.Thread(target=verdicts, args=(worker, 'regex'), daemon=True).start()\n"
+        "time.sleep(0.3); os._exit(1)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert gone(int(done.stdout))
+
+
+def test_a_closed_worker_leaves_no_process_and_closes_twice() -> None:
+    worker = RewardWorker({"task": Obedient()}, RewardsConfig())
+    pid = worker.describe()["pid"]
+    worker.close()
+    worker.close()
+    assert gone(pid)
+
+
+def test_many_cheap_completions_cost_little(worker: RewardWorker) -> None:
+    groups = [a_group(*["1"] * 8, ordinal=n) for n in range(32)]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        worker.score_groups(groups)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.1
+
+
+def test_verifiers_that_cannot_be_loaded_and_unknown_tasks_are_refused(worker: RewardWorker) -> None:
+    with pytest.raises(RewardsError, match="did not start: FileNotFoundError: the model file is missing"):
+        RewardWorker({"task": Unloadable()}, RewardsConfig())
+    with pytest.raises(RewardsError, match="no verifier for task 'other'"):
+        worker.score_groups([a_group("1", task="other")])
+    with pytest.raises(RewardsError, match="cannot be pickled"):
+        RewardWorker({"task": type("Local", (Obedient,), {})()}, RewardsConfig())
+
+
+def test_a_worker_is_named_by_its_index(worker: RewardWorker) -> None:
+    assert repr(worker) == worker.describe()["name"] == "Reward(3)"
+
+
+def gone(pid: int, within_s: float = 10.0) -> bool:
+    """Whether a process has ended, or does so soon."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":  # ended; whoever inherited it has not looked yet
+            return True
+        time.sleep(0.05)
+    return False
