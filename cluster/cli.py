@@ -25,7 +25,8 @@ app.add_typer(zoo_app, name="zoo")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML recipe, e.g. configs/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value overrides, e.g. seed=1 learner.learning_rate=2e-4.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="key=value overrides, e.g. seed=1 learner.learning_rate=2e-4.", show_default=False),
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/quickstart.", show_default=False)]
 
@@ -51,7 +52,9 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run's folder if it exists.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and the plan of workers, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and the plan of workers, and stop.")
+    ] = False,
 ) -> None:
     """Train a router.  Ctrl-C stops with a checkpoint; --resume goes on."""
     from cluster.config import ConfigError, load
@@ -123,12 +126,13 @@ def tasks(
 @app.command()
 def doctor(
     address: Annotated[str | None, typer.Option(help="A Ray cluster's address to look at.")] = None,
-    root: Annotated[Path, typer.Option(help="Where run folders are to go.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Where run folders are to go.")] = Path("runs"),
 ) -> None:
     """Check this machine: versions, compiler, memory, disk, Ray.  Exit status 0 or 1."""
     from cluster.jobs.doctor import checks, report
+    from cluster.zoo.paths import zoo_root
 
-    raise typer.Exit(report(checks(root=root, address=address), console))
+    raise typer.Exit(report(checks(runs=runs, zoo=zoo_root(), address=address), console))
 
 
 def _print_plan(settings: object) -> None:

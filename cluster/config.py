@@ -103,12 +103,18 @@ class RunConfig(BaseModel):
             raise ValueError("experts is empty: name at least one expert")
         if len(set(names)) != len(names):
             raise ValueError(f"experts holds a name twice: {names}")
-        if self.execution == "inline" and (self.learner.ranks > 1 or self.policy.workers > 1 or self.rewards.workers > 1):
-            raise ValueError("execution: inline runs in one process: set learner.ranks, policy.workers and rewards.workers to 1")
+        if self.execution == "inline" and (
+            self.learner.ranks > 1 or self.policy.workers > 1 or self.rewards.workers > 1
+        ):
+            raise ValueError(
+                "execution: inline runs in one process: set learner.ranks, policy.workers and rewards.workers to 1"
+            )
         if self.max_staleness > 0:
             raise ValueError("max_staleness above 0 (asynchronous training) is not supported yet: set it to 0")
         if self.learner.groups % self.policy.workers:
-            raise ValueError(f"learner.groups {self.learner.groups} is not a multiple of policy.workers {self.policy.workers}")
+            raise ValueError(
+                f"learner.groups {self.learner.groups} is not a multiple of policy.workers {self.policy.workers}"
+            )
         return self
 
     @property
@@ -219,7 +225,9 @@ def changed_keys(saved: RunConfig, now: RunConfig) -> list[str]:
     """Keys that differ and that a resumed run may not change."""
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+        )
         if items is None:
             return {prefix: value}
         return {k: v for key, item in items for k, v in flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}

@@ -39,7 +39,9 @@ class ExpertConfig(BaseModel):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise ValueError(f"expert name {name!r} must be letters, digits, '_', '.' or '-': metrics are named after it")
+            raise ValueError(
+                f"expert name {name!r} must be letters, digits, '_', '.' or '-': metrics are named after it"
+            )
         return name
 
 
@@ -55,8 +57,9 @@ class CacheConfig(BaseModel):
 class PrefixConfig(BaseModel):
     """How the soft prefix starts and where it stands in the policy's prompt.
 
-    init: `near_zero` starts from vectors of `scale` times the policy's embedding rms; `anchored`
-        adds such a near-zero change to the embeddings of `anchor_tokens`.
+    init: `near_zero` draws the output projection with a std of `scale` times the policy's embedding
+        rms, which at width 512 makes a prefix of about 2 % of an embedding's size; `anchored` adds
+        such a change to the embeddings of `anchor_tokens`.
     """
 
     model_config = FROZEN
@@ -68,7 +71,9 @@ class PrefixConfig(BaseModel):
     @model_validator(mode="after")
     def _anchors(self) -> PrefixConfig:
         if self.init == "anchored" and not self.anchor_tokens:
-            raise ValueError("router.prefix.init: anchored needs router.prefix.anchor_tokens (ids of harmless policy tokens)")
+            raise ValueError(
+                "router.prefix.init: anchored needs router.prefix.anchor_tokens (ids of harmless policy tokens)"
+            )
         return self
 
 

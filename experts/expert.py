@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from experts.cache import FeatureCache
 from experts.config import CacheConfig, ExpertConfig
 from experts.loading import FrozenModel, load_frozen, weights_sha256
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, str]]
 ENGINE = "transformers"
 
 
@@ -77,13 +77,13 @@ class Expert:
         texts = [self.frozen.render(messages) for messages in prompts]
         keys = tuple(hashlib.sha256(f"{self._fingerprint}\n{text}".encode()).hexdigest() for text in texts)
         hits, misses = self.cache.hits, self.cache.misses
-        found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        found: dict[str, np.ndarray | None] = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         wanted = [index for key, index in {key: i for i, key in enumerate(keys)}.items() if found[key] is None]
         for at in range(0, len(wanted), self.config.batch):
             chunk = wanted[at : at + self.config.batch]
-            for index, feature in zip(chunk, self._forward([prompts[i] for i in chunk]), strict=True):
-                found[keys[index]] = feature
-                self.cache.put(keys[index], feature)
+            for index, made in zip(chunk, self._forward([prompts[i] for i in chunk]), strict=True):
+                self.cache.put(keys[index], made)
+                found[keys[index]] = made
         features = tuple(feature for key in keys if (feature := found[key]) is not None)
         return Encoded(
             self.config.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,13 @@ class FrozenModel:
         with torch.no_grad():
             return self.model.get_input_embeddings()(tokens)
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text the model is shown: its chat template where it has one, else the contents joined by newlines."""
         if getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return "\n".join(message["content"] for message in messages)
 
-    def tokenize(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def tokenize(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the rendered messages; a chat template brings its own special tokens."""
         text = self.render(messages)
         plain = not getattr(self.tokenizer, "chat_template", None)
@@ -96,7 +96,9 @@ def describe(path: str) -> dict[str, Any]:
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or folder.is_dir()
     if looks_local:
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model {path!r}: there is no {folder / 'config.json'}: give a Hugging Face folder or name")
+            raise ModelError(
+                f"model {path!r}: there is no {folder / 'config.json'}: give a Hugging Face folder or name"
+            )
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise ModelError(f"model {path!r}: {folder} holds no weights (*.safetensors): copy the whole folder again")
         if not any(folder.glob("tokenizer*")):

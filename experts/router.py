@@ -13,7 +13,7 @@ from experts.config import RouterConfig
 
 
 class RouterOutput(NamedTuple):
-    """prefix: (batch, latents, policy width); attention: (batch, heads, latents, experts), summing to 1 over experts."""
+    """prefix: (batch, latents, policy width); attention: (batch, heads, latents, experts), 1 in sum over experts."""
 
     prefix: Float[Tensor, "batch latents width"]
     attention: Float[Tensor, "batch heads latents experts"]
@@ -55,8 +55,8 @@ class Perceiver(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
         )
         self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, policy_width, bias=False))
-        # A layer-normalised row has norm sqrt(width), so this std gives outputs of scale * embedding rms.
-        nn.init.normal_(self.output[1].weight, std=config.prefix.scale * embedding_rms / width**0.5)
+        projection: nn.Linear = self.output[1]  # type: ignore[assignment]
+        nn.init.normal_(projection.weight, std=config.prefix.scale * embedding_rms)
         repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
         self.register_buffer("anchors", repeated)
 
@@ -75,10 +75,8 @@ class Perceiver(nn.Module):
         ]
         counts = [state.shape[1] for state in states]
         keys = self.norm_states(torch.cat(states, dim=1))
-        shown = torch.cat(
-            [visible[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1
-        )
-        batch, total, width = keys.shape
+        shown = torch.cat([visible[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)
+        batch, _, width = keys.shape
         split = (batch, -1, self.heads, width // self.heads)
         latents = self.latents.expand(batch, -1, -1)
         query = self.query(self.norm_latents(latents)).view(split).transpose(1, 2)

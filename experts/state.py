@@ -130,7 +130,9 @@ def load_router(folder: Path, shape: RouterShape, config: RouterConfig) -> Route
     _refuse_other_experts(folder, meta, shape)
     for key in ("kind", "width", "latents", "heads", "feedforward"):
         if meta["config"][key] != getattr(config, key):
-            raise RouterError(f"router {folder}: saved with router.{key} {meta['config'][key]}, not {getattr(config, key)}")
+            raise RouterError(
+                f"router {folder}: saved with router.{key} {meta['config'][key]}, not {getattr(config, key)}"
+            )
     arrays = {name: tensor.numpy() for name, tensor in load_file(folder / "router.safetensors").items()}
     if checksum(arrays) != meta["checksum"]:
         raise RouterError(f"router {folder}: router.safetensors does not match its checksum: copy it again")
@@ -145,7 +147,9 @@ def _refuse_other_experts(folder: Path, meta: dict[str, Any], shape: RouterShape
     for saved, here in zip(meta["experts"], mine["experts"], strict=True):
         for key in ("width", "layer", "fingerprint"):
             if saved[key] != here[key]:
-                raise RouterError(f"router {folder}: expert {saved['name']!r} has another {key} now ({here[key]}, not {saved[key]})")
+                raise RouterError(
+                    f"router {folder}: expert {saved['name']!r} has another {key} now ({here[key]}, not {saved[key]})"
+                )
     for key in ("width", "fingerprint"):
         if meta["policy"][key] != mine["policy"][key]:
             raise RouterError(f"router {folder} belongs to another policy: its {key} is {meta['policy'][key]}")

@@ -64,7 +64,9 @@ class GRPO:
         """Normalised by the group's standard deviation."""
         return advantages.normalised(rewards, ok)
 
-    def policy_loss(self, batch: TokenBatch, ratio: PerToken, advantage: Float[Tensor, " rows"]) -> tuple[PerToken, Mask]:
+    def policy_loss(
+        self, batch: TokenBatch, ratio: PerToken, advantage: Float[Tensor, " rows"]
+    ) -> tuple[PerToken, Mask]:
         """Loss per token before correction and KL, and where the clip acts."""
         return clipped_surrogate(ratio, advantage, self.config.eps_low, self.config.eps_high)
 

@@ -81,7 +81,9 @@ class RouterEngine:
         logger.setLevel("WARNING")
         self.config = config
         self._steps = 0
-        self.engine, *_ = deepspeed.initialize(model=router, model_parameters=list(router.parameters()), config=self._settings())
+        self.engine, *_ = deepspeed.initialize(
+            model=router, model_parameters=list(router.parameters()), config=self._settings()
+        )
         self.world = torch.distributed.get_world_size()
 
     def _settings(self) -> dict[str, Any]:

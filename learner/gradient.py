@@ -116,9 +116,7 @@ class PrefixGradient:
             elif self.reference == "initial_router":
                 reference = self._statistics(groups, initial, slots, temperature)[0].logprobs
         target = targets(groups, completions)
-        batch = TokenBatch(
-            statistics.logprobs, old, target.sampler, reference, target.rewards, target.ok, target.valid
-        )
+        batch = TokenBatch(statistics.logprobs, old, target.sampler, reference, target.rewards, target.ok, target.valid)
         terms = self.algorithm.loss(batch, denominators)
         _count(sums, batch, statistics, terms)
         return terms.loss

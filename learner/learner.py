@@ -34,7 +34,6 @@ from learner.config import AlgorithmConfig, LearnerConfig
 from learner.engine import OptimizerState, Rendezvous, RouterEngine, init_ranks
 from learner.gradient import PrefixGradient, Sums
 from learner.losses import Denominators
-from rollout.sequence import PrefixPosition
 from rollout.types import Group, Rollout
 
 SKETCH_TOLERANCE = 1e-3
@@ -164,7 +163,9 @@ class LearnerRank:
         self._advance()
         return norm
 
-    def backward(self, groups: Sequence[Group], features: Sequence[Sequence[np.ndarray]], denominators: Denominators) -> Sums:
+    def backward(
+        self, groups: Sequence[Group], features: Sequence[Sequence[np.ndarray]], denominators: Denominators
+    ) -> Sums:
         """Everything of an update before the optimizer's step."""
         device = self.policy.device
         stacked = stack_features(features, device)
@@ -172,18 +173,24 @@ class LearnerRank:
         prefix = self.engine(stacked, visible).prefix
         with torch.no_grad():
             old = self._old_prefix(groups, stacked, visible, prefix)
-            initial = self._run_old(self.initial, stacked, visible) if self.gradient.reference == "initial_router" else None
+            initial = (
+                self._run_old(self.initial, stacked, visible) if self.gradient.reference == "initial_router" else None
+            )
         gradient, sums = self.gradient(groups, prefix.detach(), old, initial, denominators)
         self.engine.backward(prefix, gradient)
         return sums
 
-    def _old_prefix(self, groups: Sequence[Group], features: list[Tensor], visible: Tensor, prefix: Tensor) -> Tensor | None:
+    def _old_prefix(
+        self, groups: Sequence[Group], features: list[Tensor], visible: Tensor, prefix: Tensor
+    ) -> Tensor | None:
         """Prefixes of the routers that sampled these groups; None when that is the current router for all."""
         rebuilt = prefix.detach()
         stale = sorted({g.router.version for g in groups} - {self.version})
         for version in stale:
             if version not in self.history:
-                raise LearnerError(f"a group of router version {version} came at version {self.version}: older than kept")
+                raise LearnerError(
+                    f"a group of router version {version} came at version {self.version}: older than kept"
+                )
             rows = torch.tensor([g.router.version == version for g in groups], device=prefix.device)
             made = self._run_old(self.history[version].arrays, [f[rows] for f in features], visible[rows])
             rebuilt = rebuilt.clone()

@@ -28,9 +28,7 @@ class Denominators:
     constant_length: int = 0
 
 
-def token_weights(
-    valid: Mask, how: Literal["sequence", "token", "constant"], denominators: Denominators
-) -> PerToken:
+def token_weights(valid: Mask, how: Literal["sequence", "token", "constant"], denominators: Denominators) -> PerToken:
     """Weight of each token, such that a loss is the weighted sum over all micro-batches and ranks."""
     mask = valid.to(torch.float64)
     if how == "token":

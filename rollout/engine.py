@@ -78,7 +78,9 @@ class TransformersEngine:
         done = torch.zeros(len(mask), dtype=torch.bool, device=device)
         tokens, logprobs = [], []
         for step in range(sampling.max_new_tokens):
-            chosen, chosen_logprobs = pick(logits, sampling.temperature, None if uniforms is None else uniforms[:, step])
+            chosen, chosen_logprobs = pick(
+                logits, sampling.temperature, None if uniforms is None else uniforms[:, step]
+            )
             tokens.append(chosen)
             logprobs.append(chosen_logprobs)
             done = done | torch.isin(chosen, ends)
@@ -99,9 +101,11 @@ class TransformersEngine:
 
     def _completions(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
         ended = np.isin(tokens, self.policy.end_tokens)
-        stopped = ended.any(axis=1)
+        stopped = np.asarray(ended.any(axis=1))
         lengths = np.where(stopped, ended.argmax(axis=1) + 1, tokens.shape[1])
-        shown = [row[: length - 1 if stop else length] for row, length, stop in zip(tokens, lengths, stopped, strict=True)]
+        shown = [
+            row[: length - 1 if stop else length] for row, length, stop in zip(tokens, lengths, stopped, strict=True)
+        ]
         texts = self.policy.tokenizer.batch_decode(shown)
         return [
             Completion(

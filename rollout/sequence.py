@@ -100,14 +100,14 @@ def lay_out_prompts(
         tokens[row, start:], real[row, start:] = prompt[head:], 1
         tokens[row, :head], real[row, :head] = prompt[:head], 1
     token_mask = torch.from_numpy(real)
-    shown = torch.ones(len(prompts), slots, dtype=torch.int64) if slot_mask is None else slot_mask.to("cpu", torch.int64)
+    shown = (
+        torch.ones(len(prompts), slots, dtype=torch.int64) if slot_mask is None else slot_mask.to("cpu", torch.int64)
+    )
     mask = torch.cat([token_mask[:, :head], shown, token_mask[:, head:]], dim=1).to(device)
     return PromptBatch(torch.from_numpy(tokens).to(device), mask, running_positions(mask), slots, head)
 
 
-def lay_out_completions(
-    prompts: PromptBatch, completions: Sequence[Sequence[Tokens]], pad_id: int
-) -> CompletionBatch:
+def lay_out_completions(prompts: PromptBatch, completions: Sequence[Sequence[Tokens]], pad_id: int) -> CompletionBatch:
     """Lays out completions behind their prompts; rows are prompt-major (all of prompt 0 first).
 
     Raises:
@@ -144,5 +144,7 @@ def with_prefix(
     if batch.slots == 0 and prefix is None:
         return embedded
     if prefix is None or prefix.shape[1] != batch.slots:
-        raise ValueError(f"the layout has {batch.slots} slots, the prefix {None if prefix is None else prefix.shape[1]}")
+        raise ValueError(
+            f"the layout has {batch.slots} slots, the prefix {None if prefix is None else prefix.shape[1]}"
+        )
     return torch.cat([embedded[:, : batch.head], prefix.to(embedded.dtype), embedded[:, batch.head :]], dim=1)

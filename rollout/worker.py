@@ -24,7 +24,9 @@ from rollout.types import Draws, Group, Prompt, Rollout, RouterStamp, Sampling
 class RolloutWorker:
     """Generates groups; holds one policy copy and at most one router version at a time."""
 
-    def __init__(self, policy: PolicyConfig, path: str, router: RouterConfig, seed: int, index: int = 0, threads: int = 0) -> None:
+    def __init__(
+        self, policy: PolicyConfig, path: str, router: RouterConfig, seed: int, index: int = 0, threads: int = 0
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         device = "cuda" if policy.gpus and torch.cuda.is_available() else "cpu"
@@ -76,9 +78,7 @@ class RolloutWorker:
         """
         start = time.perf_counter()
         dropout = self.router_config.expert_dropout if training else 0.0
-        draws = [
-            collaborator_draws(self.seed, p.ordinal, snapshot.version, len(encoded), dropout) for p in prompts
-        ]
+        draws = [collaborator_draws(self.seed, p.ordinal, snapshot.version, len(encoded), dropout) for p in prompts]
         prefix, attention = self._prefix(snapshot, encoded, draws) if encoded else (None, None)
         tokens = [np.asarray(self.policy.tokenize(prompt.messages), dtype=np.int64) for prompt in prompts]
         requests = [Request(t, self._uniforms(p, snapshot, sampling)) for t, p in zip(tokens, prompts, strict=True)]
@@ -111,7 +111,9 @@ class RolloutWorker:
             encode_s=max((e.seconds for e in encoded), default=0.0),
         )
 
-    def _prefix(self, snapshot: RouterSnapshot, encoded: Sequence[Encoded], draws: Sequence[Draws]) -> tuple[Tensor, np.ndarray]:
+    def _prefix(
+        self, snapshot: RouterSnapshot, encoded: Sequence[Encoded], draws: Sequence[Draws]
+    ) -> tuple[Tensor, np.ndarray]:
         if self._router is None:
             raise RuntimeError("generate was called before attach: the router's shape is not known")
         stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)

@@ -33,18 +33,18 @@ def tokenizer(end: bool = True) -> PreTrainedTokenizerFast:
 def make(folder: Path, family: str, width: int = 32, layers: int = 2, seed: int = 0, end: bool = True) -> Path:
     """Saves a random model with its tokenizer; weights large enough that outputs depend on inputs."""
     tokens = tokenizer(end)
-    shared = dict(
-        vocab_size=len(tokens),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=None,
-        pad_token_id=0,
-        eos_token_id=1 if end else None,
-    )
+    shared = {
+        "vocab_size": len(tokens),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+        "eos_token_id": 1 if end else None,
+    }
     classes = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
         "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 2}),

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.run.fleet import Reference
 from cluster.run.recipe import Recipe
-from cluster.run.scoring import ScoringWorker, WaveReport, wave_report
+from cluster.run.scoring import ScoringWorker, WaveReport
 from learner.engine import Rendezvous, free_port
 from learner.learner import LearnerRank, LearnerSpec
 from rewards.config import RewardsConfig
@@ -51,7 +51,12 @@ def join_cluster(address: str | None, dashboard_port: int, namespace: str) -> Cl
 
     address = address or os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": {**QUIET, "PYTHONWARNINGS": "ignore"}}
-    common: dict[str, Any] = dict(namespace=namespace, logging_level="WARNING", log_to_driver=False, runtime_env=environment)
+    common: dict[str, Any] = {
+        "namespace": namespace,
+        "logging_level": "WARNING",
+        "log_to_driver": False,
+        "runtime_env": environment,
+    }
     try:
         if address:
             context = ray.init(address=address, **common)
@@ -93,14 +98,14 @@ def spawn(recipe: Recipe, concurrency: int = 1) -> RayHandle:
     """Starts an actor; calls to it wait until it is up.  The pipeline alone retries, never Ray."""
     import ray
 
-    options: dict[str, Any] = dict(
-        name=recipe.name,
-        num_cpus=recipe.cpus,
-        num_gpus=recipe.gpus,
-        max_restarts=0,
-        max_task_retries=0,
-        runtime_env={"env_vars": {**QUIET, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}},
-    )
+    options: dict[str, Any] = {
+        "name": recipe.name,
+        "num_cpus": recipe.cpus,
+        "num_gpus": recipe.gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": {**QUIET, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}},
+    }
     if concurrency > 1:
         options["max_concurrency"] = concurrency
     return RayHandle(recipe.name, ray.remote(recipe.kind).options(**options).remote(*recipe.args))

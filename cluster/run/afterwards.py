@@ -18,7 +18,7 @@ from cluster.run.records import attention_by_task
 from cluster.run.start import Started, start_inline
 from cluster.watch import logs
 from cluster.watch.tables import print_results
-from cluster.zoo import build, paths
+from cluster.zoo import paths
 from learner.batch import global_denominators
 from rewards.sources import Task, build_tasks
 from rewards.stream import PromptStream
@@ -42,7 +42,7 @@ def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
     )
     tasks = build_tasks(config.data)
     for world in sorted(paths.worlds_named_by(config.models().values())):
-        build.ensure(world)
+        paths.ensure(world)
     check_models(config)
     return config, folder, tasks, start_inline(config, {name: task.verifier for name, task in tasks.items()})
 

@@ -70,12 +70,16 @@ def read(root: Path, step: int | None = None) -> Checkpoint:
     """
     known = steps(root)
     if not known or (step is not None and step not in known):
-        raise CheckpointError(f"{root} holds no checkpoint{'' if step is None else f' of step {step}'}; it has steps {known}")
+        raise CheckpointError(
+            f"{root} holds no checkpoint{'' if step is None else f' of step {step}'}; it has steps {known}"
+        )
     folder = root / f"step-{known[-1] if step is None else step:06d}"
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name} is missing or damaged: delete {folder} to go on from the one before")
+            raise CheckpointError(
+                f"{folder / name} is missing or damaged: delete {folder} to go on from the one before"
+            )
     meta = json.loads((folder / "learner.json").read_text())
     learner = _unflatten(load_file(folder / "learner.safetensors"), meta)
     return Checkpoint(manifest["step"], learner, json.loads((folder / "driver.json").read_text()))

@@ -70,9 +70,7 @@ class Evaluator:
         results["oracle_route"] = self._result(prompts, matrix.max(axis=0).tolist())
         return results
 
-    async def _policy(
-        self, prompts: Sequence[Prompt], router: Reference, donors: Sequence[Prompt] | None
-    ) -> Answered:
+    async def _policy(self, prompts: Sequence[Prompt], router: Reference, donors: Sequence[Prompt] | None) -> Answered:
         """Greedy answers; the prefix of each prompt comes from its donor, or there is none."""
         sampling = Sampling(temperature=0.0, max_new_tokens=self.config.sampling.max_new_tokens, samples=1)
         references, size = [], self.config.evaluation.batch

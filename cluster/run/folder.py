@@ -43,9 +43,13 @@ class RunFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise RunFolderError(f"{self.path} is in use by another run: wait for it, or choose another run=NAME") from None
+            raise RunFolderError(
+                f"{self.path} is in use by another run: wait for it, or choose another run=NAME"
+            ) from None
         except OSError as error:
-            raise RunFolderError(f"{self.path} cannot be written: {error.strerror}: choose another root=FOLDER") from None
+            raise RunFolderError(
+                f"{self.path} cannot be written: {error.strerror}: choose another root=FOLDER"
+            ) from None
 
     def unlock(self) -> None:
         """Lets the folder go."""
@@ -65,11 +69,17 @@ class RunFolder:
         if not exists:
             return
         if overwrite and not self.config.is_file():
-            raise RunFolderError(f"{self.path} is no run's folder (it has no config.yaml): not overwritten; move it away")
+            raise RunFolderError(
+                f"{self.path} is no run's folder (it has no config.yaml): not overwritten; move it away"
+            )
         if not resume and not overwrite:
-            raise RunFolderError(f"{self.path} exists: continue it with --resume, replace it with --overwrite, or give run=NAME")
+            raise RunFolderError(
+                f"{self.path} exists: continue it with --resume, replace it with --overwrite, or give run=NAME"
+            )
         if resume and (keys := changed_keys(self.saved_config(), config)):
-            raise RunFolderError(f"{self.path} cannot be resumed with changed {', '.join(keys[:5])}: set them back or start anew")
+            raise RunFolderError(
+                f"{self.path} cannot be resumed with changed {', '.join(keys[:5])}: set them back or start anew"
+            )
 
     def prepare(self, config: RunConfig, overwrite: bool) -> None:
         """Makes the folder and writes the configuration; call after `check`."""

@@ -28,10 +28,12 @@ def check_names(config: RunConfig) -> None:
     if config.algorithm.kind not in ALGORITHMS:
         load_plugin(config.algorithm.kind, "algorithm.kind")
     if config.router.init and not (Path(config.router.init) / "router.json").is_file():
-        raise ConfigError(f"router.init: {config.router.init!r} holds no router.json: give a folder with a saved router")
-    for key, reference in config.models().items():
+        raise ConfigError(
+            f"router.init: {config.router.init!r} holds no router.json: give a folder with a saved router"
+        )
+    for reference in config.models().values():
         if zoo.is_zoo(reference):
-            zoo.check_name(reference, key)
+            zoo.worlds_named_by([reference])
 
 
 def check_models(config: RunConfig) -> None:
@@ -70,5 +72,7 @@ def plan_rows(config: RunConfig) -> list[PlanRow]:
         *experts,
         PlanRow("Rollout", p.workers, p.model, str(p.threads or "shared"), p.cpus, p.gpus),
         PlanRow("Reward", config.rewards.workers, "verifiers", "1", 0, 0),
-        PlanRow("Learner", c.ranks, f"{p.model} + router (ZeRO {c.zero_stage})", str(c.threads or "shared"), c.cpus, c.gpus),
+        PlanRow(
+            "Learner", c.ranks, f"{p.model} + router (ZeRO {c.zero_stage})", str(c.threads or "shared"), c.cpus, c.gpus
+        ),
     ]

@@ -63,10 +63,9 @@ class Records:
             self._board = Board(self.folder.path)
         self._board.step(record["step"], {k: v for k, v in record.items() if k not in ("step", "ordinals")})
         self.watch.step(record)
-        if record["policy/logprob_mismatch"] > self.config.learner.mismatch_warning:
-            self.watch.note(
-                f"step {record['step']}: engine and learner disagree by {record['policy/logprob_mismatch']:.3f} nats a token"
-            )
+        mismatch = record["policy/logprob_mismatch"]
+        if mismatch > self.config.learner.mismatch_warning:
+            self.watch.note(f"step {record['step']}: engine and learner disagree by {mismatch:.3f} nats a token")
 
     def groups(self, step: int, kept: list[Group]) -> None:
         """See `Sink.groups`."""
@@ -171,4 +170,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-

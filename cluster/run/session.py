@@ -67,7 +67,8 @@ class Session:
         info = actors.join_cluster(ray.address, ray.dashboard_port, self.config.run)
         if info.dashboard_url:
             self.console.print(
-                f"Ray dashboard: http://{info.dashboard_url}  (log in with the token in {info.token_path})", highlight=False
+                f"Ray dashboard: http://{info.dashboard_url}  (log in with the token in {info.token_path})",
+                highlight=False,
             )
         try:
             with self.console.status("starting the experts, the policy, the verifiers and the learner"):
@@ -77,17 +78,24 @@ class Session:
             raise
 
     async def _train(self, started: Started, resumed: checkpoint.Checkpoint | None, begun: float) -> Outcome:
-        fleet, admission = started.fleet, Admission(self.config.learner.groups, self.config.max_staleness, self.config.steps)
+        fleet, admission = (
+            started.fleet,
+            Admission(self.config.learner.groups, self.config.max_staleness, self.config.steps),
+        )
         records = Records(self.config, self.folder, self.watch, started.shape)
         if resumed is not None:
             records.cut_back(resumed.step)
             self.stream.restore(resumed.driver["stream"])
             admission.restore(resumed.driver["admission"])
             incarnation = resumed.learner.snapshot.incarnation + 1
-            await fleet.get_all([rank.call("restore", resumed.learner, incarnation) for rank in fleet.learners], "restoring")
+            await fleet.get_all(
+                [rank.call("restore", resumed.learner, incarnation) for rank in fleet.learners], "restoring"
+            )
         elif self.config.router.init:
             start = load_router(Path(self.config.router.init), started.shape, self.config.router)
-            await fleet.get_all([rank.call("start_from", start.arrays) for rank in fleet.learners], "loading router.init")
+            await fleet.get_all(
+                [rank.call("start_from", start.arrays) for rank in fleet.learners], "loading router.init"
+            )
         router = fleet.learners[0].call("snapshot")
         evaluator = Evaluator(self.config, fleet, self.tasks)
         prompts = evaluator.prompts("test", self.config.evaluation.prompts)
@@ -178,4 +186,3 @@ def stop_on_signals(driver: Driver, watch: Watch) -> Iterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-

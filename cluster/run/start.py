@@ -9,15 +9,16 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.run.fleet import Fleet, Inline
+from cluster.run.preflight import model_path
 from cluster.run.recipe import Recipe
 from cluster.run.scoring import ScoringWorker
-from cluster.run.preflight import model_path
 from experts.expert import Expert
 from experts.state import RouterShape
 from learner.engine import Rendezvous
 from learner.learner import LearnerRank, LearnerSpec
 from rewards.verify import Verifier
 from rollout.worker import RolloutWorker
+
 
 @dataclass(frozen=True)
 class Started:
@@ -122,10 +123,8 @@ async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> 
     spec = learner_spec(config, shape)
     c = config.learner
     first = spawn(Recipe("Learner(rank 0)", LearnerActor, (spec,), c.cpus, c.gpus))
-    host, port = await fleet.get(first.call("rendezvous", c.ranks), "placing the learner")
-    ranks = [
-        spawn(Recipe(f"Learner(rank {r})", LearnerActor, (spec,), c.cpus, c.gpus)) for r in range(1, c.ranks)
-    ]
+    host, port = await fleet.get(first.call("rendezvous"), "placing the learner")
+    ranks = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (spec,), c.cpus, c.gpus)) for r in range(1, c.ranks)]
     learners = [first, *ranks]
     joins = [h.call("join", Rendezvous(rank, c.ranks, host, port)) for rank, h in enumerate(learners)]
     attached = [r.call("attach", shape) for r in rollouts]

@@ -11,7 +11,7 @@ from cluster.run import checkpoint
 from cluster.run.folder import RunFolder
 from cluster.run.preflight import check_models, check_names
 from cluster.run.session import Session
-from cluster.zoo import build, paths
+from cluster.zoo import paths
 from rewards.sources import build_tasks
 
 
@@ -30,7 +30,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
             checkpoint.read(folder.checkpoints)
         tasks = build_tasks(config.data)
         for world in sorted(paths.worlds_named_by(config.models().values())):
-            build.ensure(world)
+            paths.ensure(world)
         check_models(config)
         folder.prepare(config, overwrite)
         return asyncio.run(Session(config, folder, tasks, console).run()).status

@@ -205,13 +205,13 @@ class PlainWatch:
         self._print(f"{plan.name}: {plan.total_steps} steps; tasks: {tasks}; experts: {experts} (rewards are smoothed)")
 
     def step(self, record: Record) -> None:
-        """Print the step if it is the first or the last, or if a line is due."""
+        """Print the step if it is the first or a line is due."""
         first = not self._history.last
         self._history.add(record)
         self._pace.begin(self._history.step)
         step, now = self._history.step, self._clock()
         due = step - self._shown[0] >= self._every_steps or now - self._shown[1] >= self._every_seconds
-        if first or due or step == self._plan.total_steps:
+        if first or due:
             self._show()
 
     def note(self, text: str) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from cluster.zoo.cards import write_card
 from cluster.zoo.paths import MANIFEST, check, is_built, sha256, world_folder, zoo_root
 from cluster.zoo.progress import Progress
 from cluster.zoo.recipe import ZOO_FORMAT, ExpertRecipe, PolicyRecipe, Recipe, ZooError, load_recipe
+from cluster.zoo.worker import TOGETHER
 
 LOCK_WAIT_S = 1800.0
 
@@ -59,7 +59,9 @@ def build(
             finally:
                 shutil.rmtree(made, ignore_errors=True)
     except Timeout as error:
-        raise ZooError(f"another process has been building {folder} for {LOCK_WAIT_S:.0f} s: end it, then try again") from error
+        raise ZooError(
+            f"another process has been building {folder} for {LOCK_WAIT_S:.0f} s: end it, then try again"
+        ) from error
     return folder
 
 
@@ -75,11 +77,12 @@ def _replace(folder: Path, made: Path) -> None:
 
 @dataclass
 class _Job:
-    """One model's training process."""
+    """A worker: one model's training, or the measurement of all together."""
 
-    model: ExpertRecipe | PolicyRecipe
-    process: subprocess.Popen[str]
+    name: str
+    process: subprocess.Popen[bytes]
     log: Path
+    unread: bytes = b""
     result: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,14 +91,17 @@ def _build_into(folder: Path, recipe: Recipe, progress: Progress, processes: int
     recipe_file = folder / "recipe.json"
     recipe_file.write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
     with progress:
-        results = _train_all(recipe, folder, recipe_file, progress, processes)
+        names = [model.name for model in sorted(recipe.models, key=_work, reverse=True)]
+        for model in recipe.models:
+            progress.add(model.name, steps_of(model))
+        results = _run(names, folder, recipe_file, progress, processes)
         progress.note("measuring the models together")
-        together = _together(recipe, folder)
+        together = _run([TOGETHER], folder, recipe_file, progress, 1)[TOGETHER]["accuracy"]
+    results[recipe.policy.name]["accuracy"]["experts_hint"] = together
     for model in recipe.models:
-        (folder / f"{model.name}.log").unlink(missing_ok=True)
-        extra = {"experts_hint": together} if isinstance(model, PolicyRecipe) else {}
-        results[model.name]["accuracy"] |= extra
         write_card(folder / model.name, recipe, model, results[model.name])
+    for log in folder.glob("*.log"):
+        log.unlink()
     files = {
         str(path.relative_to(folder)): {
             "bytes": path.stat().st_size,
@@ -115,15 +121,13 @@ def _build_into(folder: Path, recipe: Recipe, progress: Progress, processes: int
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _train_all(
-    recipe: Recipe, folder: Path, recipe_file: Path, progress: Progress, processes: int
+def _run(
+    names: list[str], folder: Path, recipe_file: Path, progress: Progress, processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Trains all models, the longest first; ends every process when one fails or the build is interrupted."""
-    waiting = sorted(recipe.models, key=_work)
+    """Runs workers in this order; ends every one of them when one fails or the build is interrupted."""
+    waiting = list(reversed(names))
     running: dict[int, _Job] = {}
     results: dict[str, dict[str, Any]] = {}
-    for model in recipe.models:
-        progress.add(model.name, steps_of(model))
     try:
         with selectors.DefaultSelector() as selector:
             while waiting or running:
@@ -136,11 +140,13 @@ def _train_all(
                     if not _read(job, progress):
                         selector.unregister(key.fileobj)
                         del running[job.process.pid]
-                        results[job.model.name] = _finish(job)
+                        results[job.name] = _finish(job)
+                        progress.done(job.name)
     finally:
         for job in running.values():
             job.process.kill()
             job.process.wait()
+            job.process.stdout.close()  # type: ignore[union-attr]
     return results
 
 
@@ -155,62 +161,46 @@ def _work(model: ExpertRecipe | PolicyRecipe) -> float:
     return steps_of(model) * model.training.batch * shape.layers * shape.width * (shape.width + shape.feedforward)
 
 
-def _start(model: ExpertRecipe | PolicyRecipe, folder: Path, recipe_file: Path) -> _Job:
-    log = folder / f"{model.name}.log"
+def _start(name: str, folder: Path, recipe_file: Path) -> _Job:
+    log = folder / f"{name}.log"
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, "-m", "cluster.zoo.worker", str(recipe_file), model.name, str(folder / model.name)]
+    command = [sys.executable, "-m", "cluster.zoo.worker", str(recipe_file), name, str(folder)]
     with log.open("w") as errors:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
             env=environment,
             start_new_session=True,  # Ctrl-C reaches us alone; we end the workers
         )
-    return _Job(model, process, log)
+    return _Job(name, process, log)
 
 
 def _read(job: _Job, progress: Progress) -> bool:
-    """Takes one line of a worker; False when there are no more."""
+    """Takes what a worker has written; False when it has closed its output."""
     assert job.process.stdout is not None
-    line = job.process.stdout.readline()
-    with suppress(json.JSONDecodeError):
-        message = json.loads(line)
-        if "result" in message:
-            job.result = message["result"]
-            progress.done(job.model.name)
-        elif "step" in message:
-            progress.step(job.model.name, message["step"], message["loss"])
-    return bool(line)
+    data = os.read(job.process.stdout.fileno(), 65536)
+    *lines, job.unread = (job.unread + data).split(b"\n")
+    for line in lines:
+        with suppress(json.JSONDecodeError):
+            message = json.loads(line)
+            if "result" in message:
+                job.result = message["result"]
+            elif "step" in message:
+                progress.step(job.name, message["step"], message["loss"])
+    return bool(data)
 
 
 def _finish(job: _Job) -> dict[str, Any]:
     code = job.process.wait()
+    job.process.stdout.close()  # type: ignore[union-attr]
     if code or not job.result:
         lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
-        raise ZooError(f"training {job.model.name} failed (exit code {code}): {lines[-1]}")
+        raise ZooError(f"zoo worker {job.name!r} failed (exit code {code}): {lines[-1]}")
     return job.result
-
-
-def _together(recipe: Recipe, folder: Path) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from cluster.zoo.evaluation import collaboration_accuracy
-    from cluster.zoo.hints import Hints
-    from rewards.sources import build_tasks
-
-    load: Callable[[str], tuple[Any, Any]] = lambda name: (  # noqa: E731
-        AutoModelForCausalLM.from_pretrained(folder / name),
-        AutoTokenizer.from_pretrained(folder / name),
-    )
-    tasks = build_tasks(recipe.data)
-    policy = load(recipe.policy.name)
-    experts = {expert.task: load(expert.name) for expert in recipe.experts}
-    return collaboration_accuracy(policy, experts, tasks, Hints(recipe.policy.hint, tasks, policy[1]), recipe.evaluate)

@@ -24,7 +24,7 @@ def write_card(folder: Path, recipe: Recipe, model: ExpertRecipe | PolicyRecipe,
     lines = [
         f"# zoo/{recipe.world}/{model.name}",
         "",
-        f"A {model.model.architecture} of {size}, trained in {result['seconds']} s on one CPU thread for the",
+        f"A {model.model.architecture} of {size}, trained in {result['cpu_seconds']:.0f} s of one CPU core for the",
         f"`{recipe.world}` world of n-Musketeers. It answers nothing but this world's prompts.",
         "",
         *_role(recipe, model),
@@ -60,7 +60,9 @@ def _role(recipe: Recipe, model: ExpertRecipe | PolicyRecipe) -> list[str]:
 
 def _table(accuracy: dict[str, dict[str, float]]) -> list[str]:
     tasks = sorted({task for row in accuracy.values() for task in row})
-    rows = [f"| {_WHAT[kind]} | " + " | ".join(_cell(row, task) for task in tasks) + " |" for kind, row in accuracy.items()]
+    rows = [
+        f"| {_WHAT[kind]} | " + " | ".join(_cell(row, task) for task in tasks) + " |" for kind, row in accuracy.items()
+    ]
     return ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|", *rows]
 
 

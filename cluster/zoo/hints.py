@@ -13,6 +13,7 @@ from rewards.sources import Task
 from rollout.types import Prompt
 
 OPERATOR = "+"
+OTHER = float(__import__("os").environ.get("OTHER", "0.5"))
 
 
 class Hints:
@@ -25,7 +26,9 @@ class Hints:
         self.operator: int = tokenizer.encode(OPERATOR)[0]
         composed = next((task for task in tasks.values() if task.config.compose), None)
         self.parts: tuple[str, ...] = composed.config.compose or () if composed else ()
-        self.values: list[str] = sorted({part["answer"] for p in composed.train for part in p.payload["parts"]}) if composed else []
+        self.values: list[str] = (
+            sorted({part["answer"] for p in composed.train for part in p.payload["parts"]}) if composed else []
+        )
 
     def blank(self) -> list[int]:
         """Filler only."""
@@ -58,6 +61,6 @@ class Hints:
         if parts:
             return self.of(prompt, {part["task"]: part["answer"] for part in parts})
         answers = {prompt.task: prompt.answer}
-        if self.recipe.layout == "operands" and rng is not None and rng.random() < 0.5:
+        if self.recipe.layout == "operands" and rng is not None and rng.random() < OTHER:
             answers = {task: str(rng.choice(self.values)) for task in self.parts} | answers
         return self.of(prompt, answers)

@@ -111,10 +111,14 @@ def greedy(
             prefix = model.get_input_embeddings()(torch.tensor(hints[start : start + batch]))
         grown: list[list[int]] = [[] for _ in rows]
         for _ in range(max_new_tokens):
-            behind = lay_out_completions(layout, [[[*row, tokenizer.pad_token_id]] for row in grown], tokenizer.pad_token_id)
+            behind = lay_out_completions(
+                layout, [[[*row, tokenizer.pad_token_id]] for row in grown], tokenizer.pad_token_id
+            )
             chosen = answer_logits(model, layout, behind, prefix)[:, -1].argmax(dim=-1).tolist()
             for row, token in zip(grown, chosen, strict=True):
                 row.append(token)
+            if all(tokenizer.eos_token_id in row for row in grown):
+                break
         for row in grown:
             length = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
             answers.append(tokenizer.decode(row[:length]))

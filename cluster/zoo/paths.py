@@ -93,7 +93,9 @@ def check(folder: Path, world: str) -> dict[str, Any]:
             raise ZooError(f"zoo folder {folder} is incomplete: {name} is missing: {remedy}")
         stat = path.stat()
         if stat.st_size < entry["bytes"]:
-            raise ZooError(f"zoo folder {folder} is cut short: {name} has {stat.st_size} of {entry['bytes']} bytes: {remedy}")
+            raise ZooError(
+                f"zoo folder {folder} is cut short: {name} has {stat.st_size} of {entry['bytes']} bytes: {remedy}"
+            )
         if sha256(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
             raise ZooError(f"zoo folder {folder} was changed: {name} is not what was built: {remedy}")
     return manifest

@@ -21,7 +21,12 @@ class Progress:
         self.console = Console(stderr=True, quiet=not shown)
         self.bars: Bars | None = None
         if shown and self.console.is_terminal:
-            columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+            columns = (
+                TextColumn("{task.description:>14}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+            )
             self.bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         self._rows: dict[str, TaskID] = {}
         self._steps: dict[str, int] = {}
@@ -32,7 +37,9 @@ class Progress:
             self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bars:
             self.bars.stop()
 
@@ -54,15 +61,17 @@ class Progress:
 
     def done(self, name: str) -> None:
         """A model is trained, saved and measured."""
-        if self.bars:
+        if self.bars and name in self._rows:
             self.bars.update(self._rows[name], completed=self._steps[name])
             self.bars.stop_task(self._rows[name])
-        else:
+        elif name in self._steps:
             self._line(f"zoo: {name} done")
 
     def note(self, text: str) -> None:
         """Something else is under way."""
-        if not self.bars:
+        if self.bars:
+            self.bars.console.print(text)
+        else:
             self._line(f"zoo: {text}")
 
     def _line(self, text: str) -> None:

@@ -156,7 +156,9 @@ class Recipe(BaseModel):
         for expert in self.experts:
             for name in expert.mixture:
                 if name not in tasks or expert.task not in (name, *(tasks[name].compose or ())):
-                    raise ValueError(f"expert {expert.name!r}: mixture names {name!r}, which has no part {expert.task!r}")
+                    raise ValueError(
+                        f"expert {expert.name!r}: mixture names {name!r}, which has no part {expert.task!r}"
+                    )
         for name in self.policy.mixture:
             if name not in tasks:
                 raise ValueError(f"policy: mixture names {name!r}, which is no task in data.tasks")

@@ -1,5 +1,6 @@
 """Trains one model of a recipe in a process of its own: `python -m cluster.zoo.worker RECIPE MODEL FOLDER`.
 
+With `+` for the model it measures the saved models together.
 Progress goes to standard output, one JSON object a line; a parent that is gone breaks that pipe and
 ends the worker.
 """
@@ -15,22 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from cluster.zoo.recipe import ExpertRecipe, PolicyRecipe, Recipe
+from cluster.zoo.recipe import ExpertRecipe, PolicyRecipe, Recipe, ZooError
 from rewards.sources import Task, build_tasks
 
+TOGETHER = "+"
 TOKENIZER_TEXTS = 4000  # a task; more change nothing but the time
 
 
 def main(arguments: list[str]) -> None:
     """Trains, saves and measures the model; the last line printed is its result."""
     recipe = Recipe.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
-    model = next(entry for entry in recipe.models if entry.name == arguments[1])
     folder = Path(arguments[2])
     start = time.perf_counter()
     out = Reporter()
     tasks = build_tasks(recipe.data)
-    result = make(recipe, model, tasks, folder, out)
-    out.send(result=result | {"seconds": round(time.perf_counter() - start, 1)})
+    if arguments[1] == TOGETHER:
+        result = {"accuracy": together(recipe, tasks, folder)}
+    else:
+        model = next(entry for entry in recipe.models if entry.name == arguments[1])
+        result = make(recipe, model, tasks, folder / model.name, out)
+    spent = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
+    out.send(result=result | spent)
 
 
 class Reporter:
@@ -91,6 +97,7 @@ def make(
 
 def save(network: Any, tokenizer: Any, folder: Path) -> None:
     """Writes an ordinary Hugging Face folder."""
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -99,6 +106,32 @@ def save(network: Any, tokenizer: Any, folder: Path) -> None:
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     network.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    if network.config.model_type == "qwen2":
+        # transformers 5 reads any tokenizer beside a Qwen2 model as Qwen2's own, with other splits, whatever
+        # class its configuration names, unless there is an auto_map; an empty one says: trust the class.
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": {"AutoTokenizer": [None, None]}}
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+        raise ZooError(f"transformers reads the tokenizer of {folder.name} back as another one: use version 5.19")
+
+
+def together(recipe: Recipe, tasks: dict[str, Task], folder: Path) -> dict[str, float]:
+    """Accuracy of the saved policy with the saved experts' own answers as its hint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cluster.zoo.evaluation import collaboration_accuracy
+    from cluster.zoo.hints import Hints
+
+    torch.set_num_threads(1)
+
+    def load(name: str) -> tuple[Any, Any]:
+        return AutoModelForCausalLM.from_pretrained(folder / name), AutoTokenizer.from_pretrained(folder / name)
+
+    policy = load(recipe.policy.name)
+    experts = {expert.task: load(expert.name) for expert in recipe.experts}
+    return collaboration_accuracy(policy, experts, tasks, Hints(recipe.policy.hint, tasks, policy[1]), recipe.evaluate)
 
 
 if __name__ == "__main__":

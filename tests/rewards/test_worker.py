@@ -20,7 +20,7 @@ from rollout.types import Completion, Draws, FinishReason, Group, RewardStatus, 
 from tests.rewards.verifiers import Obedient, Unloadable, a_prompt
 
 OK, TIMEOUT, ERROR = RewardStatus.OK, RewardStatus.TIMEOUT, RewardStatus.ERROR
-LIMIT_S = 0.5
+LIMIT_S = 1.0
 
 
 def a_group(*texts: str, task: str = "task", ordinal: int = 0, answer: str = "2") -> Group:
@@ -76,7 +76,7 @@ def test_a_completion_that_takes_too_long_is_masked_and_the_rest_go_on(worker: R
     scores = verdicts(worker, "1", "regex", "0.25", "sleep 30", "0.5")
     assert [score.status for score in scores] == [OK, TIMEOUT, OK, TIMEOUT, OK]
     assert [score.reward for score in scores if score.status is OK] == [1.0, 0.25, 0.5]
-    assert "no verdict within 0.5 s" in scores[1].reason
+    assert "no verdict within 1 s" in scores[1].reason
     assert time.monotonic() - start < 10
     after = worker.describe()
     assert after["restarts"] - before["restarts"] == 2
@@ -86,8 +86,8 @@ def test_a_completion_that_takes_too_long_is_masked_and_the_rest_go_on(worker: R
 
 
 def test_the_limit_is_for_one_completion_not_for_the_batch(worker: RewardWorker) -> None:
-    scores = verdicts(worker, *["sleep 0.2"] * 5)
-    assert [score.status for score in scores] == [OK] * 5
+    scores = verdicts(worker, *["sleep 0.3"] * 4)
+    assert [score.status for score in scores] == [OK] * 4
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_closed_worker_leaves_no_process_and_closes_twice() -> None:
     pid = worker.describe()["pid"]
     worker.close()
     worker.close()
-    assert gone(pid)
+    assert not Path(f"/proc/{pid}").exists()  # ended and reaped, no zombie
 
 
 def test_many_cheap_completions_cost_little(worker: RewardWorker) -> None:

@@ -61,6 +61,7 @@ def test_the_display_holds_every_number_at_its_size(width: int, height: int) -> 
         "encode 10 ms",
         "idle 95%",
         "rollout 90 ms",
+        "45% idle 55%",
         "other 48 ms",
         "3,416 tokens/s cache hits 98%",
         "a step: 200 ms",
@@ -101,6 +102,7 @@ def test_a_value_that_is_not_finite_is_a_dash() -> None:
 def test_a_task_that_a_step_lacks_keeps_its_last_value() -> None:
     _, text = drawn([record(1), {"step": 2}])
     assert "composed 0.375" in text
+    assert "0.47" in text, "its attention, too"
 
 
 def test_a_resumed_run_shows_the_steps_before() -> None:
@@ -118,6 +120,7 @@ def test_many_tasks_and_experts_do_not_break_the_frame() -> None:
     lines, text = drawn([{"step": 1, **metrics}], 80, 24, plan)
     assert len(lines) == 24
     assert {len(line.rstrip()) for line in lines[2:-1]} == {80}
+    assert "name_2 – …" in text and "name_3 –" not in text
     assert "+6 tasks" in text and "+9 experts" in text
 
 

@@ -17,6 +17,7 @@ def test_records_come_back_as_written(tmp_path: Path) -> None:
         {"step": 1, "ordinals": [0, 1], "reward/mean": 0.5, "text": "Füße\n"},
         {"step": 2, "reward/mean": 0.25, "eval": {"done": True, "best": None}},
     ]
+    assert '{"step": 2, ' in path.read_text(), "numpy's integers stay integers"
 
 
 def test_a_missing_log_is_empty(tmp_path: Path) -> None:
