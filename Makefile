@@ -60,9 +60,14 @@ format: install  ## Let ruff order imports and format the code
 	@$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-bench: install  ## Run the benchmarks
-	@$(PIP) install --no-deps -r requirements-bench.txt
-	$(BIN)/python -m benchmarks
+bench: install $(VENV)/bench/.installed  ## Time a training step: distributed, inline and with TRL (under 8 minutes)
+	@$(BIN)/python -m benchmarks.step
+
+# Beside the environment, not in it: only the process that measures TRL sees this folder.
+$(VENV)/bench/.installed: requirements-bench.txt
+	@rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) -r requirements-bench.txt
+	touch $@
 
 clean:  ## Remove caches and build products (not .venv, not runs/)
 	@rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from cluster.run.environment import PROCESS_ENVIRONMENT
 
 console = Console()
 errors = Console(stderr=True)
@@ -149,6 +152,8 @@ def _print_plan(settings: object) -> None:
 
 def main() -> None:
     """Entry point: what a user did wrong is one line and exit status 2, never a traceback."""
+    for name, value in PROCESS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except (ValueError, OSError) as error:

@@ -18,7 +18,7 @@ from experts.cache import FeatureCache
 from experts.config import CacheConfig, ExpertConfig
 from experts.loading import FrozenModel, load_frozen, weights_sha256
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 ENGINE = "transformers"
 
 

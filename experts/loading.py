@@ -47,13 +47,13 @@ class FrozenModel:
         with torch.no_grad():
             return self.model.get_input_embeddings()(tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text the model is shown: its chat template where it has one, else the contents joined by newlines."""
         if getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return "\n".join(message["content"] for message in messages)
 
-    def tokenize(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def tokenize(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of the rendered messages; a chat template brings its own special tokens."""
         text = self.render(messages)
         plain = not getattr(self.tokenizer, "chat_template", None)

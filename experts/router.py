@@ -22,8 +22,9 @@ class RouterOutput(NamedTuple):
 class Perceiver(nn.Module):
     """Learned latent queries cross-attend to the experts' projected states (PAPER: 8 latents, 8 heads, width 512).
 
-    Every expert's (tokens, width) feature is projected to the shared width and marked with a
-    learned expert embedding; a hidden expert takes no part.  The output projection starts near zero.
+    Every expert's (tokens, width) feature, normalised by the expert, is projected to the shared width
+    and marked with a learned expert embedding; a hidden expert takes no part.  The output projection
+    starts near zero.
 
     Args:
         widths: hidden width of each expert, in the run's expert order.
@@ -45,18 +46,22 @@ class Perceiver(nn.Module):
         super().__init__()
         width, self.heads = config.width, config.heads
         self.project = nn.ModuleList(nn.Linear(expert_width, width) for expert_width in widths)
-        self.expert_embedding = nn.Parameter(torch.randn(len(widths), width) * 0.02)
-        self.latents = nn.Parameter(torch.randn(config.latents, width) * 0.02)
-        self.norm_latents, self.norm_states = nn.LayerNorm(width), nn.LayerNorm(width)
+        # Unit-sized latents and expert marks: slots and experts differ from the first step on.
+        self.expert_embedding = nn.Parameter(torch.randn(len(widths), width))
+        self.latents = nn.Parameter(torch.randn(config.latents, width))
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.merge = nn.Linear(width, width), nn.Linear(width, width)
+        for layer in (self.query, self.key, self.value, self.merge):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         hidden = int(width * config.feedforward)
         self.feedforward = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
         )
-        self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, policy_width, bias=False))
-        projection: nn.Linear = self.output[1]  # type: ignore[assignment]
-        nn.init.normal_(projection.weight, std=config.prefix.scale * embedding_rms)
+        # One projection a slot: with a shared one, slots took twice as many steps to say different things.
+        self.output = nn.Parameter(
+            torch.randn(config.latents, width, policy_width) * config.prefix.scale * embedding_rms
+        )
         repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
         self.register_buffer("anchors", repeated)
 
@@ -74,18 +79,18 @@ class Perceiver(nn.Module):
             for index, (project, feature) in enumerate(zip(self.project, features, strict=True))
         ]
         counts = [state.shape[1] for state in states]
-        keys = self.norm_states(torch.cat(states, dim=1))
+        keys = torch.cat(states, dim=1)
         shown = torch.cat([visible[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)
         batch, _, width = keys.shape
         split = (batch, -1, self.heads, width // self.heads)
         latents = self.latents.expand(batch, -1, -1)
-        query = self.query(self.norm_latents(latents)).view(split).transpose(1, 2)
+        query = self.query(latents).view(split).transpose(1, 2)
         key, value = self.key(keys).view(split).transpose(1, 2), self.value(keys).view(split).transpose(1, 2)
         scores = query @ key.transpose(2, 3) / (width // self.heads) ** 0.5
         attention = scores.masked_fill(~shown[:, None, None, :], float("-inf")).softmax(dim=-1)
         mixed = (attention @ value).transpose(1, 2).reshape(batch, -1, width)
         hidden = latents + self.merge(mixed)
-        prefix = self.output(hidden + self.feedforward(hidden))
+        prefix = torch.einsum("blw,lwp->blp", hidden + self.feedforward(hidden), self.output)
         if self.anchors is not None:
             prefix = prefix + self.anchors
         per_expert = torch.stack([part.sum(dim=-1) for part in attention.split(counts, dim=-1)], dim=-1)

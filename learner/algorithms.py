@@ -18,6 +18,7 @@ from learner.losses import (
     clamped_log_ratio,
     clipped_surrogate,
     engine_correction,
+    k1,
     k3,
     token_weights,
 )
@@ -80,11 +81,12 @@ class GRPO:
             kl, kl_clamped = k3(batch.logprobs, batch.reference)
         rewards = batch.rewards
         if batch.reference is not None and c.kl.estimator == "k1_reward":
-            k1 = ((batch.old - batch.reference) * batch.valid).sum(dim=1).view_as(rewards)
-            rewards = rewards - c.kl.coefficient * k1.to(rewards.dtype)
+            penalty, kl_clamped = k1(batch.old, batch.reference)
+            penalty = torch.where(batch.valid, penalty, 0.0).sum(dim=1).view_as(rewards)
+            rewards = rewards - c.kl.coefficient * penalty.to(rewards.dtype)
         advantage = self.advantages(rewards, batch.ok)
         policy, clipped = self.policy_loss(batch, ratio, advantage.reshape(-1).to(ratio.dtype))
-        correction = engine_correction(batch.old, batch.sampler, c.correction_cap)
+        correction, corrected = engine_correction(batch.old, batch.sampler, c.correction_cap)
         per_token = policy * correction
         if batch.reference is not None and c.kl.estimator != "k1_reward":
             weight = ratio * correction if c.kl.estimator == "k3_weighted" else 1.0
@@ -94,7 +96,7 @@ class GRPO:
             loss=(torch.where(batch.valid, per_token, 0.0) * weights).sum(),
             ratio=ratio.detach(),
             clipped=clipped & batch.valid,
-            corrected=(correction != (batch.old - batch.sampler).exp()) & batch.valid,
+            corrected=corrected & batch.valid,
             kl=kl.detach(),
             kl_clamped=kl_clamped & batch.valid,
             advantages=advantage,

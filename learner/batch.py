@@ -13,6 +13,8 @@ from learner.losses import Denominators
 from rollout.sequence import CompletionBatch
 from rollout.types import FinishReason, Group, RewardStatus
 
+LONGEST_TO_SHORTEST = 1.5
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -40,21 +42,28 @@ def global_denominators(groups: Sequence[Group], constant_length: int | None) ->
     return Denominators(int(ok.sum()), int((lengths * ok).sum()), constant_length or 0)
 
 
-def micro_batches(groups: Sequence[Group], slots: int, limit: int) -> Iterator[slice]:
-    """Runs of whole groups, in order, whose padded size stays within `limit` tokens (one group at least)."""
-    start, prompt, completion = 0, 0, 0
-    for index, group in enumerate(groups):
-        longest_prompt = max(prompt, len(group.prompt_tokens) + slots)
-        longest = max(completion, max(len(c.tokens) for c in group.completions))
-        size = (index - start + 1) * (longest_prompt + longest * len(group.completions))
-        if index > start and size > limit:
-            yield slice(start, index)
-            start = index
-            longest_prompt = len(group.prompt_tokens) + slots
-            longest = max(len(c.tokens) for c in group.completions)
-        prompt, completion = longest_prompt, longest
-    if start < len(groups):
-        yield slice(start, len(groups))
+def micro_batches(groups: Sequence[Group], slots: int, limit: int) -> Iterator[list[int]]:
+    """Indices of whole groups, shortest prompts first, that the frozen policy sees together.
+
+    A micro-batch stays within `limit` padded tokens (one group at least) and holds no prompt more
+    than half as long again as its shortest: padding costs as much as text.
+    """
+    chosen: list[int] = []
+    for index in sorted(range(len(groups)), key=lambda i: len(groups[i].prompt_tokens)):
+        with_this = [*chosen, index]
+        shortest, longest = (len(groups[i].prompt_tokens) for i in (with_this[0], index))
+        if chosen and (_padded(groups, with_this, slots) > limit or longest > LONGEST_TO_SHORTEST * shortest + slots):
+            yield chosen
+            with_this = [index]
+        chosen = with_this
+    if chosen:
+        yield chosen
+
+
+def _padded(groups: Sequence[Group], indices: Sequence[int], slots: int) -> int:
+    prompt = max(len(groups[i].prompt_tokens) for i in indices) + slots
+    completion = max(len(c.tokens) for i in indices for c in groups[i].completions)
+    return sum(prompt + completion * len(groups[i].completions) for i in indices)
 
 
 def targets(groups: Sequence[Group], completions: CompletionBatch) -> Targets:

@@ -12,8 +12,9 @@ FROZEN = ConfigDict(frozen=True, extra="forbid")
 class KLConfig(BaseModel):
     """The penalty that keeps the policy near a reference (docs/mathematics.md).
 
-    estimator: `k3`; `k3_weighted` multiplies it by the ratio, which makes its gradient unbiased off
-        policy; `k1_reward` takes the summed k1 off the reward instead of adding to the loss.
+    estimator: `k3`; `k3_weighted` multiplies it by the ratio, which makes its gradient that of the
+        tokens' KL(policy || reference), stale or not; `k1_reward` takes the summed k1 off the reward
+        instead of adding to the loss.
     """
 
     model_config = FROZEN

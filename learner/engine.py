@@ -7,8 +7,10 @@ One forward, one backward, one step per update and rank.  DeepSpeed averages gra
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,10 @@ class Rendezvous:
 
 def init_ranks(place: Rendezvous) -> None:
     """Joins the process group, once a process; gloo on CPU, NCCL on GPUs."""
+    # DeepSpeed calls `ninja` by name; pip put it beside the interpreter.
+    beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = os.pathsep.join([beside, path])
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         if place.host.startswith("127."):
@@ -149,17 +155,18 @@ class RouterEngine:
         return OptimizerState(self._steps, moments)
 
     def load(self, arrays: Arrays, state: OptimizerState) -> None:
-        """Restores weights and optimizer, whatever number of ranks or ZeRO stage wrote them."""
-        if state.steps:
-            self._materialise_state()
-        names = dict(self.module.named_parameters())
-        for name, parameter in names.items():
+        """Restores weights and optimizer, whatever number of ranks or ZeRO stage wrote them.
+
+        Nothing of this engine's own past stays: neither moments nor the gradients of an update that was broken off.
+        """
+        self._materialise_state()
+        for name, parameter in self.module.named_parameters():
             self._set_weight(parameter, _tensor(arrays[name], parameter))
-            for key in STATE_KEYS if state.steps else ():
-                self._set_state(parameter, key, _tensor(state.moments[key][name], parameter))
+            for key in STATE_KEYS:
+                moment = state.moments[key][name] if state.steps else np.zeros(parameter.shape, np.float32)
+                self._set_state(parameter, key, _tensor(moment, parameter))
         self._steps = state.steps
-        if state.steps:
-            self._set_step_counts(state.steps)
+        self._set_step_counts(state.steps)
 
     def _materialise_state(self) -> None:
         """Adam's state exists after a first step only: take one that changes nothing."""

@@ -88,7 +88,7 @@ class PrefixGradient:
             leaf = prefix[rows].detach().requires_grad_(True)
             old = None if old_prefix is None else old_prefix[rows]
             initial = None if initial_prefix is None else initial_prefix[rows]
-            loss = self._loss(groups[rows], leaf, old, initial, denominators, sums)
+            loss = self._loss([groups[i] for i in rows], leaf, old, initial, denominators, sums)
             if loss.requires_grad:
                 loss.backward()
             if leaf.grad is not None:

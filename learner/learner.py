@@ -37,6 +37,7 @@ from learner.losses import Denominators
 from rollout.types import Group, Rollout
 
 SKETCH_TOLERANCE = 1e-3
+ROUNDING = 2e-6
 
 
 class LearnerError(RuntimeError):
@@ -101,6 +102,8 @@ class LearnerRank:
             spec.algorithm.kl.reference if spec.algorithm.kl.coefficient else "none",
         )
         self.version, self.incarnation = 0, 0
+        # A replay on other ranks or threads rebuilds routers to the last bits only; the prefix is checked all the same.
+        self.replaying = False
         self.initial = take_arrays(router)
         self.history = {0: RouterSnapshot.of(self.initial, 0, 0)}
 
@@ -140,7 +143,7 @@ class LearnerRank:
         """Starts training from another router's weights, with a fresh optimizer."""
         put_arrays(self.engine.module, arrays)
         self.engine.load(arrays, OptimizerState(0, {}))
-        self.initial = dict(arrays)
+        self.version, self.initial = 0, dict(arrays)
         self.history = {0: RouterSnapshot.of(self.initial, 0, 0)}
 
     def update(self, ordinals: Sequence[int], waves: int, *parts: Rollout | Encoded) -> UpdateResult:
@@ -203,11 +206,16 @@ class LearnerRank:
         return self.old_router(features, visible).prefix
 
     def _refuse_other_prefix(self, groups: Sequence[Group], rebuilt: Tensor) -> None:
+        # Anchors are the same for every prompt and may dwarf what the router adds: only its own part sets the scale.
+        anchors = getattr(self.engine.module, "anchors", None)
+        common = 0.0 if anchors is None else sketch(anchors[None])[0]
         for group, mine in zip(groups, sketch(rebuilt), strict=True):
             known = self.history[group.router.version].checksum
-            scale = max(float(np.abs(mine).max()), 1e-12)
-            close = np.allclose(mine, group.prefix_sketch, rtol=0, atol=SKETCH_TOLERANCE * scale)
-            if group.router.checksum != known or not close:
+            own, largest = float(np.abs(mine - common).max()), float(np.abs(mine).max())
+            limit = max(SKETCH_TOLERANCE * own, ROUNDING * largest, 1e-15)
+            same_shape = mine.shape == group.prefix_sketch.shape
+            close = same_shape and np.allclose(mine, group.prefix_sketch, rtol=0, atol=limit)
+            if not close or (group.router.checksum != known and not self.replaying):
                 raise LearnerError(
                     f"prompt {group.ordinal}: its prefix does not match the one rebuilt from router version "
                     f"{group.router.version}, its features and its draws: the group is refused"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from experts.loading import FrozenModel
@@ -31,10 +31,15 @@ def completion_logprobs(
     completions: CompletionBatch,
     temperature: float,
 ) -> TokenStatistics:
-    """Per-token statistics of group-major completions; padding columns hold meaningless values."""
+    """Per-token statistics of group-major completions; padding columns hold meaningless values.
+
+    Equal completions of a group are computed once: short answers are mostly alike.
+    """
     from transformers import DynamicCache
 
-    samples = len(completions.tokens) // len(prompts.tokens)
+    rows, inverse = distinct_rows(completions, len(prompts.tokens))
+    group = rows // (len(completions.tokens) // len(prompts.tokens))
+    tokens = completions.tokens[rows]
     cache = DynamicCache()
     out = policy.model(
         inputs_embeds=with_prefix(policy.embed(prompts.tokens), prefix, prompts),
@@ -44,18 +49,29 @@ def completion_logprobs(
         use_cache=True,
         logits_to_keep=1,
     )
-    logits = out.logits.repeat_interleave(samples, dim=0)
-    if completions.tokens.shape[1] > 1:
-        cache.batch_repeat_interleave(samples)
+    logits = out.logits[group]
+    if tokens.shape[1] > 1:
+        cache.batch_select_indices(group)
         out = policy.model(
-            input_ids=completions.tokens[:, :-1],
-            attention_mask=completions.mask[:, :-1],
-            position_ids=completions.positions[:, :-1],
+            input_ids=tokens[:, :-1],
+            attention_mask=completions.mask[rows, :-1],
+            position_ids=completions.positions[rows, :-1],
             past_key_values=cache,
             use_cache=True,
         )
         logits = torch.cat([logits, out.logits], dim=1)
-    return token_statistics(logits, completions.tokens, temperature)
+    distinct = token_statistics(logits, tokens, temperature)
+    return TokenStatistics(distinct.logprobs[inverse], distinct.entropy[inverse])
+
+
+def distinct_rows(completions: CompletionBatch, groups: int) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " rows"]]:
+    """One row of each distinct completion of each group, group-major, and which of them every row equals."""
+    group = torch.arange(groups, device=completions.tokens.device).repeat_interleave(len(completions.tokens) // groups)
+    key = torch.cat([group[:, None], completions.tokens, completions.valid.long()], dim=1)
+    unique, inverse = torch.unique(key, dim=0, return_inverse=True)
+    rows = torch.empty(len(unique), dtype=torch.long, device=key.device)
+    rows[inverse.flip(0)] = torch.arange(len(key), device=key.device).flip(0)
+    return rows, inverse
 
 
 def token_statistics(

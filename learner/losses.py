@@ -53,11 +53,17 @@ def clipped_surrogate(
     return -torch.minimum(ratio * advantage, clipped * advantage), acts
 
 
-def engine_correction(old: PerToken, sampler: PerToken, cap: float) -> PerToken:
-    """min(exp(log pi_old - log pi_sampler), cap), detached; 1 where `cap` is 0."""
+def engine_correction(old: PerToken, sampler: PerToken, cap: float) -> tuple[PerToken, Mask]:
+    """min(exp(log pi_old - log pi_sampler), cap), detached, and where the cap acts; 1 everywhere where `cap` is 0."""
     if cap == 0:
-        return torch.ones_like(old)
-    return clamped_log_ratio(old, sampler)[0].exp().clamp_max(cap).detach()
+        return torch.ones_like(old), torch.zeros_like(old, dtype=torch.bool)
+    weight = clamped_log_ratio(old, sampler)[0].exp().detach()
+    return weight.clamp_max(cap), weight > cap
+
+
+def k1(logprobs: PerToken, reference: PerToken) -> tuple[PerToken, Mask]:
+    """The plain log-ratio log(policy / reference), whose mean is KL(policy || reference)."""
+    return clamped_log_ratio(logprobs, reference)
 
 
 def k3(logprobs: PerToken, reference: PerToken) -> tuple[PerToken, Bool[Tensor, "rows tokens"]]:

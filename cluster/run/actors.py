@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.run.environment import PROCESS_ENVIRONMENT
 from cluster.run.fleet import Reference
 from cluster.run.recipe import Recipe
 from cluster.run.scoring import ScoringWorker, WaveReport
@@ -16,15 +17,6 @@ from learner.learner import LearnerRank, LearnerSpec
 from rewards.config import RewardsConfig
 from rewards.verify import Verifier
 from rollout.types import Prompt, Rollout, Score
-
-# What every worker's process is told: no usage statistics, no look-ups behind the user's back.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 class ClusterError(RuntimeError):
@@ -46,11 +38,11 @@ def join_cluster(address: str | None, dashboard_port: int, namespace: str) -> Cl
     Raises:
         ClusterError: naming the address that does not answer.
     """
-    os.environ.update(QUIET)
+    os.environ.update(PROCESS_ENVIRONMENT)
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
-    environment = {"env_vars": {**QUIET, "PYTHONWARNINGS": "ignore"}}
+    environment = {"env_vars": PROCESS_ENVIRONMENT}
     common: dict[str, Any] = {
         "namespace": namespace,
         "logging_level": "WARNING",
@@ -104,7 +96,7 @@ def spawn(recipe: Recipe, concurrency: int = 1) -> RayHandle:
         "num_gpus": recipe.gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": {**QUIET, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}},
+        "runtime_env": {"env_vars": PROCESS_ENVIRONMENT},
     }
     if concurrency > 1:
         options["max_concurrency"] = concurrency

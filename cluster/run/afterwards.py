@@ -118,6 +118,7 @@ def _replay(
     config: RunConfig, folder: RunFolder, tasks: dict[str, Task], started: Started, start: int, step: int
 ) -> tuple[float, float]:
     stream, learner = PromptStream(tasks, config.data), started.fleet.learners[0].worker  # type: ignore[attr-defined]
+    learner.replaying = True
     learner.restore(checkpoint.read(folder.checkpoints, start).learner, 0)
     loss = norm = 0.0
     for number in range(start + 1, step + 1):

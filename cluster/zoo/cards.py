@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from cluster.zoo.models import END, FILLER
-from cluster.zoo.recipe import ExpertRecipe, PolicyRecipe, Recipe
+from cluster.zoo.recipe import END, FILLER, ExpertRecipe, PolicyRecipe, Recipe
 
 _WHAT = {
     "greedy": "own answer",
@@ -33,7 +32,7 @@ def write_card(folder: Path, recipe: Recipe, model: ExpertRecipe | PolicyRecipe,
         "",
         *_table(result["accuracy"]),
         "",
-        "A composed prompt is held out as a whole; its parts may have been seen in other prompts.",
+        *_caveat(recipe),
         "",
         "## Recipe",
         "",
@@ -52,9 +51,20 @@ def _role(recipe: Recipe, model: ExpertRecipe | PolicyRecipe) -> list[str]:
     hint = model.hint
     example = "7+4" if hint.layout == "operands" else "7"
     slots = example + FILLER * (hint.slots - len(example))
+    weak = f"Of its documents without a hint {hint.corrupted:.0%} had a wrong answer as their target, to keep it weak."
     return [
         f"It reads {hint.slots} embedding slots in front of its prompt (or none at all), where a soft prefix goes. In",
         f"training they held textual hints such as `{slots}`, so it can use what stands there.",
+        *([weak] if hint.corrupted else []),
+    ]
+
+
+def _caveat(recipe: Recipe) -> list[str]:
+    if not recipe.composed:
+        return ["No prompt of these was trained on."]
+    return [
+        "No prompt of these was trained on, but prompts are held out whole: most questions of a single task's held-out",
+        "prompts stand in composed training prompts, and so do most parts of held-out composed prompts.",
     ]
 
 

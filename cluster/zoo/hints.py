@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.zoo.models import FILLER
-from cluster.zoo.recipe import HintRecipe
+from cluster.zoo.recipe import FILLER, HintRecipe
 from rewards.sources import Task
 from rollout.types import Prompt
 
 OPERATOR = "+"
-OTHER = float(__import__("os").environ.get("OTHER", "0.5"))
+RANDOM_OTHERS = 0.75  # of a lone task's training hints: there the other experts still say something
 
 
 class Hints:
@@ -56,11 +55,12 @@ class Hints:
         return self.answer(self.tokenizer.encode(answers.get(prompt.task, "")))
 
     def right(self, prompt: Prompt, rng: np.random.Generator | None = None) -> list[int]:
-        """The right hint; of a lone part task the other operands are filler, or half of the time random if rng is given."""
-        parts = prompt.payload.get("parts")
-        if parts:
-            return self.of(prompt, {part["task"]: part["answer"] for part in parts})
+        """The right hint; of a lone part task the other operands are filler, or mostly random ones if rng is given."""
+        if self.recipe.layout == "answer":
+            return self.answer(self.tokenizer.encode(prompt.answer))
         answers = {prompt.task: prompt.answer}
-        if self.recipe.layout == "operands" and rng is not None and rng.random() < OTHER:
+        if parts := prompt.payload.get("parts"):
+            answers = {part["task"]: part["answer"] for part in parts}
+        elif rng is not None and rng.random() < RANDOM_OTHERS:
             answers = {task: str(rng.choice(self.values)) for task in self.parts} | answers
-        return self.of(prompt, answers)
+        return self.operands(answers)

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from cluster.zoo.recipe import ModelRecipe, TokenizerRecipe
+from cluster.zoo.recipe import END, FILLER, ModelRecipe, TokenizerRecipe
 from rollout.sequence import CompletionBatch, PromptBatch, lay_out_completions, lay_out_prompts, with_prefix
 
-PAD, END, UNKNOWN, FILLER = "<pad>", "<end>", "<unknown>", "#"
+PAD, UNKNOWN = "<pad>", "<unknown>"
 
 
 def train_tokenizer(recipe: TokenizerRecipe, texts: Iterable[str]) -> Any:

@@ -101,6 +101,12 @@ def check(folder: Path, world: str) -> dict[str, Any]:
     return manifest
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    stat = path.stat()
+    return {"bytes": stat.st_size, "sha256": sha256(path, stat.st_size, stat.st_mtime_ns)}
+
+
 @lru_cache(maxsize=1024)
 def sha256(path: Path, size: int, modified: int) -> str:
     """A file's hash, computed once while its size and time of change stay the same."""

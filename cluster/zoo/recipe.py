@@ -20,6 +20,12 @@ ZOO_FORMAT = 1
 """Raised whenever the zoo's code would make other models of the same recipe."""
 
 
+END, FILLER = "<end>", "#"
+"""Tokens of every zoo model: the end of an answer, and what fills the hint region's other slots."""
+
+RECIPES = resources.files("cluster.zoo").joinpath("recipes")
+
+
 class ZooError(ValueError):
     """A recipe or a zoo folder that cannot be used; the message is one line and says what to do."""
 
@@ -190,8 +196,8 @@ class Recipe(BaseModel):
 
 def worlds() -> tuple[str, ...]:
     """Names of the worlds that come with the package."""
-    entries = resources.files("cluster.zoo").joinpath("recipes").iterdir()
-    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml")))
+    entries = [entry.name for entry in RECIPES.iterdir()]
+    return tuple(sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml")))
 
 
 def load_recipe(world: str | Path) -> Recipe:
@@ -201,7 +207,7 @@ def load_recipe(world: str | Path) -> Recipe:
         ZooError: when there is no such recipe or it is wrong.
     """
     if str(world) in worlds():
-        text = resources.files("cluster.zoo").joinpath("recipes", f"{world}.yaml").read_text(encoding="utf-8")
+        text = RECIPES.joinpath(f"{world}.yaml").read_text(encoding="utf-8")
     elif Path(world).is_file():
         text = Path(world).read_text(encoding="utf-8")
     else:

@@ -33,7 +33,7 @@ def train(model: Any, phase: Phase, draw: Draw, rng: np.random.Generator, pad_id
         total = 0.0
         for part in documents.by_length():
             loss = loss_of(model, part, pad_id) / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

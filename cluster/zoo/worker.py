@@ -1,14 +1,16 @@
-"""Trains one model of a recipe in a process of its own: `python -m cluster.zoo.worker RECIPE MODEL FOLDER`.
+"""A process that trains models of a recipe: `python -m cluster.zoo.worker FOLDER PARENT`.
 
-With `+` for the model it measures the saved models together.
-Progress goes to standard output, one JSON object a line; a parent that is gone breaks that pipe and
-ends the worker.
+It reads names of models from standard input, one a line, and saves each in the folder, where the
+recipe lies; `+` asks for a measurement of the saved models together.  Progress and results go to
+standard output, one JSON object a line.  The worker ends with its input, or with its parent.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -20,34 +22,47 @@ from cluster.zoo.recipe import ExpertRecipe, PolicyRecipe, Recipe, ZooError
 from rewards.sources import Task, build_tasks
 
 TOGETHER = "+"
+ANSWER_REPEATS = 200
 TOKENIZER_TEXTS = 4000  # a task; more change nothing but the time
 
 
-def main(arguments: list[str]) -> None:
-    """Trains, saves and measures the model; the last line printed is its result."""
-    recipe = Recipe.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
-    folder = Path(arguments[2])
-    start = time.perf_counter()
-    out = Reporter()
+def main(folder: Path, parent: int) -> None:
+    """Does one job after the other."""
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
+    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
     tasks = build_tasks(recipe.data)
-    if arguments[1] == TOGETHER:
-        result = {"accuracy": together(recipe, tasks, folder)}
-    else:
-        model = next(entry for entry in recipe.models if entry.name == arguments[1])
-        result = make(recipe, model, tasks, folder / model.name, out)
-    spent = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
-    out.send(result=result | spent)
+    models = {model.name: model for model in recipe.models}
+    out = Reporter()
+    wall, cpu = time.perf_counter(), 0.0
+    for line in sys.stdin:
+        job = line.strip()
+        if job == TOGETHER:
+            result: dict[str, Any] = {"accuracy": together(recipe, tasks, folder)}
+        else:
+            result = make(recipe, models[job], tasks, folder / job, out)
+        spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        wall, cpu = time.perf_counter(), time.process_time()
+        out.send(result=result | {name: round(value, 1) for name, value in spent.items()})
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class Reporter:
-    """Writes progress lines, at most a few a second."""
+    """Writes the lines of the parent; of progress, at most a few a second."""
 
     def __init__(self) -> None:
         self._next = 0.0
+        self._lines = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print is for the log
 
     def send(self, **message: Any) -> None:
         """One line to the parent."""
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message), file=self._lines, flush=True)
 
     def step(self, step: int, loss: float) -> None:
         """Tells how far training is."""
@@ -61,7 +76,6 @@ def make(
     recipe: Recipe, model: ExpertRecipe | PolicyRecipe, tasks: dict[str, Task], folder: Path, out: Reporter
 ) -> dict[str, Any]:
     """Trains a model, saves it into `folder` and returns its measured accuracies and size."""
-    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
     import torch
 
     from cluster.zoo.corpus import ExpertCorpus, PolicyCorpus
@@ -73,8 +87,7 @@ def make(
     torch.set_flush_denormal(True)
     rng = np.random.default_rng([recipe.seed, *model.name.encode()])
     torch.manual_seed(int(rng.integers(2**31)))
-    texts = [p.text + p.answer for name in model.mixture for p in tasks[name].train[:TOKENIZER_TEXTS]]
-    tokenizer = train_tokenizer(model.tokenizer, texts)
+    tokenizer = train_tokenizer(model.tokenizer, tokenizer_texts(model, tasks))
     network = new_model(model.model, tokenizer)
     pad_id = tokenizer.pad_token_id
     accuracy: dict[str, dict[str, float]]
@@ -93,6 +106,12 @@ def make(
     save(network, tokenizer, folder)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return {"accuracy": accuracy, "parameters": parameters, "vocabulary": len(tokenizer)}
+
+
+def tokenizer_texts(model: ExpertRecipe | PolicyRecipe, tasks: dict[str, Task]) -> list[str]:
+    """Prompts of the mixture, and its answers often enough to become tokens while the vocabulary has room."""
+    prompts = [prompt for name in model.mixture for prompt in tasks[name].train[:TOKENIZER_TEXTS]]
+    return [prompt.text for prompt in prompts] + sorted({prompt.answer for prompt in prompts}) * ANSWER_REPEATS
 
 
 def save(network: Any, tokenizer: Any, folder: Path) -> None:
@@ -135,4 +154,4 @@ def together(recipe: Recipe, tasks: dict[str, Task], folder: Path) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]), int(sys.argv[2]))

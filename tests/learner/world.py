@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from experts.config import PrefixConfig, RouterConfig
 from experts.expert import Encoded
 from experts.state import RouterShape, RouterSnapshot
+from learner.algorithms import TokenBatch
+from learner.batch import global_denominators
 from learner.config import AlgorithmConfig, LearnerConfig
 from learner.engine import Rendezvous
 from learner.learner import LearnerRank, LearnerSpec
@@ -34,7 +37,9 @@ def router_config(position: str = "front", dropout: float = 0.0, **prefix: Any) 
 def prompts(count: int, start: int = 0) -> list[Prompt]:
     """Prompts of different lengths."""
     return [
-        Prompt(ordinal=n, task="t", messages=({"role": "user", "content": TEXTS[n % len(TEXTS)] * (1 + n % 2)},), answer="")
+        Prompt(
+            ordinal=n, task="t", messages=({"role": "user", "content": TEXTS[n % len(TEXTS)] * (1 + n % 2)},), answer=""
+        )
         for n in range(start, start + count)
     ]
 
@@ -95,13 +100,17 @@ class World:
         """A rank; alone unless a place is given."""
         return LearnerRank(self.spec(**settings), place or Rendezvous())
 
-    def roll(self, some: Sequence[Prompt], router: RouterSnapshot, temperature: float = 1.0, samples: int = 4) -> Rollout:
+    def roll(
+        self, some: Sequence[Prompt], router: RouterSnapshot, temperature: float = 1.0, samples: int = 4
+    ) -> Rollout:
         """Groups of up to six tokens a completion, all lengths from 1 to 6 among them."""
         sampling = Sampling(temperature=temperature, max_new_tokens=6, samples=samples)
         rollout = self.worker.generate(some, sampling, router, *encode(some))
         return replace(rollout, groups=tuple(_uneven(group) for group in rollout.groups))
 
-    def scored(self, some: Sequence[Prompt], router: RouterSnapshot, scores: Scores | None = None, **how: Any) -> Rollout:
+    def scored(
+        self, some: Sequence[Prompt], router: RouterSnapshot, scores: Scores | None = None, **how: Any
+    ) -> Rollout:
         """Rolled and scored; None in `scores` is a verifier that timed out."""
         rollout = self.roll(some, router, **how)
         rows = scores or [made_up_scores(g.ordinal, len(g.completions)) for g in rollout.groups]
@@ -127,8 +136,6 @@ def update(learner: LearnerRank, rollout: Rollout, seed: int = 7) -> Any:
 
 def backward(learner: LearnerRank, groups: Sequence[Group], seed: int = 7) -> Any:
     """An update's first half, for a lone rank: leaves the gradients in the engine."""
-    from learner.batch import global_denominators
-
     features = [list(e.features) for e in encode([g.prompt for g in groups], seed)]
     return learner.backward(groups, features, global_denominators(groups, learner.spec.algorithm.constant_length))
 
@@ -139,6 +146,21 @@ def _uneven(group: Group) -> Group:
 
     lengths = [1 + (group.ordinal + 2 * i) % 6 for i in range(len(group.completions))]
     return replace(group, completions=tuple(cut(c, n) for c, n in zip(group.completions, lengths, strict=True)))
+
+
+def batches_seen(
+    learner: LearnerRank, groups: Sequence[Group], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Sequence[Group], TokenBatch]]:
+    """What the loss is given in an update's first half, with the groups of each micro-batch."""
+    seen: list[tuple[Sequence[Group], TokenBatch]] = []
+    share, loss = learner.gradient._loss, learner.gradient.algorithm.loss
+    current: list[Sequence[Group]] = []
+    monkeypatch.setattr(learner.gradient, "_loss", lambda some, *rest: current.append(some) or share(some, *rest))
+    monkeypatch.setattr(
+        learner.gradient.algorithm, "loss", lambda batch, d: seen.append((current[-1], batch)) or loss(batch, d)
+    )
+    backward(learner, groups)
+    return seen
 
 
 def flat(arrays: dict[str, np.ndarray]) -> torch.Tensor:

@@ -1,0 +1,19 @@
+"""Environment of every process of a run; must be set before torch and Ray are imported."""
+
+from __future__ import annotations
+
+PROCESS_ENVIRONMENT = {
+    # No usage statistics, no look-ups behind the user's back.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Waiting threads sleep instead of spinning: workers share cores, and spinning made steps many times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Loading bars of worker processes would garble the display.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}

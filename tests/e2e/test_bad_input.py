@@ -1,0 +1,108 @@
+"""What a user does wrong ends in one line with the remedy and exit status 2, before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster import cli
+from tests.e2e.conftest import Runs
+from tests.models import make
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """The one line that the command prints on these arguments."""
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["musketeers", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 2, shown
+    assert "Traceback" not in shown.err and shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
+    return shown.err
+
+
+CASES = {
+    "unknown key": ("learner.lerning_rate=1", "learning_rate"),
+    "unknown task": ("data.tasks=[{name: t, dataset: chain_sun}]", "chain_sum"),
+    "unknown model": ("policy.model=/nowhere/at/all", "policy.model"),
+    "unknown world": ("policy.model=zoo/compossed/policy", "composed"),
+    "empty task list": ("data.tasks=[]", "data.tasks is empty"),
+    "group size 1": ("sampling.samples=1", "sampling.samples"),
+    "no such router": ("router.init=/nowhere", "router.init"),
+    "no such plug-in": ("router.kind=nowhere:Router", "router.kind"),
+    "not an override": ("seed", "key=value"),
+    "ZeRO 3": ("learner.zero_stage=3", "ZeRO 3"),
+}
+
+
+@pytest.mark.parametrize(("override", "named"), CASES.values(), ids=CASES.keys())
+def test_bad_values_are_refused(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str, named: str
+) -> None:
+    assert named in refused(capsys, monkeypatch, "train", str(runs.recipe), override)
+    assert not (runs.folder / "runs" / "run").exists()
+
+
+def test_an_existing_run_folder_is_refused(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs.folder / "runs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    assert "--overwrite" in refused(capsys, monkeypatch, "train", str(runs.recipe))
+    assert "no config.yaml" in refused(capsys, monkeypatch, "train", str(runs.recipe), "--overwrite")
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_resume_that_would_change_what_is_computed_is_refused(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs.folder / "runs" / "run"
+    folder.mkdir(parents=True)
+    from cluster.config import load
+
+    (folder / "config.yaml").write_text(load(runs.recipe).as_yaml())
+    assert "sampling.temperature" in refused(
+        capsys, monkeypatch, "train", str(runs.recipe), "sampling.temperature=0.5", "--resume"
+    )
+    assert "no checkpoint" in refused(capsys, monkeypatch, "train", str(runs.recipe), "learner.ranks=1", "--resume")
+
+
+def test_a_full_disk_is_refused(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.run.folder.NEEDED_BYTES", 2**80)
+    assert "no disk space" in refused(capsys, monkeypatch, "train", str(runs.recipe))
+
+
+def _without_end_token(folder: Path) -> None:
+    make(folder, "qwen2", end=False)
+
+
+def _without_weights(folder: Path) -> None:
+    make(folder, "qwen2")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(("break_it", "named"), [(_without_end_token, "end token"), (_without_weights, "no weights")])
+def test_a_broken_policy_is_refused(
+    runs: Runs,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    break_it: Callable[[Path], None],
+    named: str,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    break_it(tmp_path / "broken")
+    assert named in refused(capsys, monkeypatch, "train", str(runs.recipe), f"policy.model={tmp_path / 'broken'}")
+
+
+def test_the_quickstart_recipe_fits_one_screen_and_is_synchronous() -> None:
+    text = Path("configs/quickstart.yaml").read_text()
+    assert len(text.splitlines()) <= 40
+    assert yaml.safe_load(text)["max_staleness"] == 0

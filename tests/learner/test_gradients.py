@@ -1,0 +1,135 @@
+"""Raw gradients, which neither clip nor Adam can hide: ranks x micro-batches x ZeRO stages, against plain torch."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experts.state import Arrays, RouterSnapshot
+from learner.engine import Rendezvous, free_port
+from rollout.types import Group, Prompt
+from tests.learner.gradient_cases import CASES, algorithm, at_version_one, gradients, second_router
+from tests.learner.naive import plain_gradients
+from tests.learner.world import World, made_up_scores, score
+
+TOLERANCE = 1e-5
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def routers(world, deepspeed_alone) -> dict[int, RouterSnapshot]:
+    """The router that sampled half the groups, and the one being trained, which sampled the others."""
+    return at_version_one(world.learner()).history
+
+
+def alike(count: int) -> list[Prompt]:
+    """Prompts of 8 to 13 tokens: unequal, yet near enough for one micro-batch to hold them all."""
+    texts = ["sum 4 5 6 and 7"[: 8 + 5 * n % 6] for n in range(count)]
+    return [
+        Prompt(ordinal=n, task="t", messages=({"role": "user", "content": text},), answer="")
+        for n, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def groups(world: World, routers) -> list[Group]:
+    """14 groups of unequal lengths from two versions; of every second one, a rank's share, little is valid."""
+    made: list[Group] = []
+    for prompt in alike(14):
+        (group,) = world.roll([prompt], routers[prompt.ordinal // 2 % 2], temperature=0.9).groups
+        scores: list[float | None] = [*made_up_scores(prompt.ordinal, 4)]
+        if prompt.ordinal % 2:
+            scores = [None] * 4 if prompt.ordinal != 5 else [None, 1.0, 0.0, None]
+        elif prompt.ordinal == 4:
+            scores[1] = None
+        made.append(score(group, scores))
+    return made
+
+
+@pytest.fixture(scope="module")
+def processes(world: World, groups, tmp_path_factory) -> Iterator[tuple[Path, list[subprocess.Popen[bytes]]]]:
+    """Two ranks at work on all cases, while this process does its own."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "policy").symlink_to(world.policy)
+    (folder / "groups.pickle").write_bytes(pickle.dumps(groups))
+    command = [sys.executable, "-m", "tests.learner.gradient_cases"]
+    port = str(free_port())
+    with (folder / "log").open("wb") as log:
+        ranks = [
+            subprocess.Popen([*command, str(rank), "2", port, str(folder)], cwd=ROOT, stdout=log, stderr=log)
+            for rank in range(2)
+        ]
+        yield folder, ranks
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+@pytest.fixture(scope="module")
+def one_rank(world: World, groups, processes) -> dict[str, np.ndarray]:
+    """All cases in this process."""
+    return gradients(world, Rendezvous(), groups)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(one_rank, processes) -> list[dict[str, np.ndarray]]:
+    """What the two real processes found."""
+    folder, ranks = processes
+    codes = [rank.wait(timeout=240) for rank in ranks]
+    assert codes == [0, 0], (folder / "log").read_text()[-3000:]
+    return [dict(np.load(folder / f"rank-{rank}.npz")) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def wanted(world: World, groups, routers) -> dict[str, Arrays]:
+    """Plain torch's gradients for each aggregation."""
+    arrays = {version: snapshot.arrays for version, snapshot in routers.items()}
+    names = ("sequence", "token", "constant")
+    return {name: plain_gradients(world, groups, arrays, 1, algorithm(name)) for name in names}
+
+
+def error(found: dict[str, np.ndarray], case: tuple[int, int, str], wanted: dict[str, Arrays]) -> float:
+    """Largest relative error of a parameter's gradient.
+
+    A gradient that is 0 in exact arithmetic (a key's bias shifts all scores alike) has no relative error; it is
+    measured against the whole gradient.
+    """
+    reference = wanted[case[2]]
+    whole = np.sqrt(sum(np.square(g).sum() for g in reference.values()))
+    errors = []
+    for name, right in reference.items():
+        off = np.linalg.norm(found["/".join(map(str, (*case, name)))] - right)
+        scale = np.linalg.norm(right)
+        errors.append(off / (scale if scale > 1e-9 * whole else whole))
+    return float(max(errors))
+
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+
+
+@cases
+def test_one_rank_has_plain_torch_gradients(one_rank, wanted, case):
+    assert error(one_rank, case, wanted) < TOLERANCE
+
+
+@cases
+def test_two_ranks_have_plain_torch_gradients(two_ranks, wanted, case):
+    """Each rank holds the whole update's gradient, not its own share nor the ranks' mean."""
+    for rank in two_ranks:
+        assert error(rank, case, wanted) < TOLERANCE
+
+
+def test_the_cases_are_not_trivial(groups, wanted, routers):
+    """The versions differ, the ranks' shares are uneven, and every parameter but a key's bias learns."""
+    shares = [sum(s.status == "ok" for g in groups[rank::2] for s in g.scores) for rank in range(2)]
+    assert shares == [27, 2]
+    assert {g.router.version for g in groups} == {0, 1}
+    assert second_router(routers[0].arrays).keys() == wanted["sequence"].keys()
+    still = [name for name, g in wanted["sequence"].items() if np.abs(g).max() < 1e-12]
+    assert still == ["key.bias"]

@@ -1,0 +1,30 @@
+"""A task that random models can learn in seconds: answer with digits."""
+
+from __future__ import annotations
+
+from rewards.config import DataConfig, TaskConfig
+from rollout.types import Prompt
+
+
+class Digits:
+    """Rewards the share of digits in the answer; a random policy starts near one in eight."""
+
+    def __init__(self, task: TaskConfig, data: DataConfig) -> None:
+        self.task, self.data = task, data
+
+    def entries(self) -> list[Prompt]:
+        """Distinct short prompts."""
+        texts = [self.data.template.format(question=f"say {a} and {b}") for a in range(20) for b in range(10)]
+        return [
+            Prompt(
+                ordinal=index,
+                task=self.task.name,
+                messages=({"role": "user", "content": text},),
+                answer=str(index % 10),
+            )
+            for index, text in enumerate(texts)
+        ]
+
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """Share of digits."""
+        return sum(c.isdigit() for c in completion) / max(len(completion), 1)
