@@ -54,13 +54,14 @@ class RayConfig(BaseModel):
     """How the run meets Ray.
 
     address: of a running cluster; None starts one on loopback, with the dashboard on.
+    dashboard_port: of a cluster that is started here; None takes 8265, or the next one that is free.
     deadline_s: limit of every remote wait; past it the run stops and names the stage that is stuck.
     start_deadline_s: the same for workers that load models.
     """
 
     model_config = FROZEN
     address: str | None = None
-    dashboard_port: int = Field(8265, ge=1, le=65535)
+    dashboard_port: int | None = Field(None, ge=1, le=65535)
     deadline_s: float = Field(600.0, gt=0)
     start_deadline_s: float = Field(900.0, gt=0)
 

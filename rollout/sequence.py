@@ -86,12 +86,15 @@ def lay_out_prompts(
         None shows all.
 
     Raises:
-        ValueError: on an empty prompt, which would leave the policy nothing to read.
+        ValueError: on an empty prompt, which would leave the policy nothing to read, and on one of a
+            single token with `after_bos`, which would leave it nothing behind the prefix.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise ValueError("cannot lay out an empty prompt: every prompt needs at least one token")
     head = 1 if position == "after_bos" and slots else 0
+    if head and min(lengths) == 1:
+        raise ValueError("with router.prefix.position: after_bos every prompt needs at least two tokens")
     longest = max(lengths)
     tokens = np.full((len(prompts), longest), pad_id, dtype=np.int64)
     real = np.zeros((len(prompts), longest), dtype=np.int64)

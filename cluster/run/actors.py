@@ -32,7 +32,7 @@ class ClusterInfo:
     token_path: str
 
 
-def join_cluster(address: str | None, dashboard_port: int, namespace: str) -> ClusterInfo:
+def join_cluster(address: str | None, dashboard_port: int | None, namespace: str) -> ClusterInfo:
     """Joins the cluster at `address` (or RAY_ADDRESS), else starts one on loopback with its dashboard.
 
     Raises:

@@ -31,7 +31,7 @@ def test_a_run_on_ray_and_deepspeed_learns_and_touches_no_frozen_weight(runs: Ru
     done = runs.train("execution=ray", "steps=40", "ray.dashboard_port=8299")
     assert done.returncode == 0, done.stdout + done.stderr
     rewards = [line["reward/mean"] for line in runs.metrics()]
-    assert fmean(rewards[-8:]) > fmean(rewards[:8]) + 0.1, rewards
+    assert fmean(rewards[-8:]) > 1.4 * fmean(rewards[:8]), rewards
     summary = runs.summary()
     assert summary["steps"] == 40 and summary["samples"] == 40 * 8 * 4
     assert {model["worker"] for model in summary["frozen"]} == {

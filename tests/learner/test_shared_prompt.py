@@ -12,11 +12,11 @@ from tests.learner.naive import load_double, naive_logprobs
 
 VALUES, GRADIENTS = 1e-10, 1e-6
 PROMPTS = [[5, 9, 11], [7, 4], [20, 21, 22, 23, 24, 25, 26]]
-# Equal ones within a group and across groups, and one that differs from another by a real token with the padding's id.
+# Equal ones within a group and across groups, and one that goes on with real tokens of the padding's id.
 COMPLETIONS = [
     [[30, 31, 1], [32], [30, 31, 1]],
     [[1], [40, 41, 42, 43], [32]],
-    [[50, 51], [50, 51, 0], [52, 53, 54, 55]],
+    [[50, 51], [50, 51, 0, 0], [52, 53, 54, 55]],
 ]
 families = pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox"])
 positions = pytest.mark.parametrize("position", ["front", "after_bos"])
