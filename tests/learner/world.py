@@ -23,7 +23,7 @@ from rollout.config import PolicyConfig
 from rollout.types import Completion, Group, Prompt, RewardStatus, Rollout, Sampling, Score
 from rollout.worker import RolloutWorker
 
-TEXTS = ("1+2=", "what is 12 - 5?", "a", "count the legs of 3 cats", "9*9", "sum 4 5 6:", "b = 2, c = ?")
+TEXTS = ("1+2=", "what is 12 - 5?", "a?", "count the legs of 3 cats", "9*9", "sum 4 5 6:", "b = 2, c = ?")
 WIDTHS, TOKENS = (6, 10), (1, 3)
 Scores = Sequence[Sequence[float | None]]
 
