@@ -77,6 +77,24 @@ class PrefixConfig(BaseModel):
         return self
 
 
+class CalibrationConfig(BaseModel):
+    """Starts the router's input projections from the states of the first training prompts.
+
+    prompts: how many; 0 leaves the projections blind.
+    ridge: directions with less than this share of an expert's largest variance count as noise.
+    """
+
+    model_config = FROZEN
+    prompts: int = Field(512, ge=0)
+    ridge: float = Field(0.01, gt=0.0)
+
+    @model_validator(mode="after")
+    def _enough(self) -> CalibrationConfig:
+        if self.prompts == 1:
+            raise ValueError("router.calibration.prompts: 1 prompt has no variance, use 0 for none or at least 2")
+        return self
+
+
 class RouterConfig(BaseModel):
     """The trainable collaborator.
 
@@ -95,6 +113,7 @@ class RouterConfig(BaseModel):
     heads: int = Field(8, ge=1)
     feedforward: float = Field(2.0, gt=0.0)
     expert_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    calibration: CalibrationConfig = CalibrationConfig()
     prefix: PrefixConfig = PrefixConfig()
 
     @model_validator(mode="after")

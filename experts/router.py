@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from experts.calibration import whiten_input
 from experts.config import RouterConfig
 
 
@@ -64,6 +65,12 @@ class Perceiver(nn.Module):
         )
         repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
         self.register_buffer("anchors", repeated)
+
+    def calibrate(self, features: Sequence[Float[Tensor, "batch tokens width"]], ridge: float) -> None:
+        """Starts the input projections of a fresh router from the experts' states on some training prompts."""
+        for project, feature in zip(self.project, features, strict=True):
+            assert isinstance(project, nn.Linear)
+            whiten_input(project, feature.flatten(0, 1), ridge)
 
     def forward(
         self, features: Sequence[Float[Tensor, "batch tokens width"]], visible: Bool[Tensor, "batch experts"]

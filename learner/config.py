@@ -52,6 +52,8 @@ class LearnerConfig(BaseModel):
     """The DeepSpeed learner.
 
     groups: prompts an update trains on (B), over all ranks.
+    schedule: how the learning rate goes on after `warmup_steps`: `linear` and `cosine` fall to
+        `final_rate` of it at the run's last step, because late steps otherwise mostly follow noise.
     microbatch_tokens: padded tokens (prefix, prompt and completions) the frozen policy sees at once.
     zero_stage: 0 to 2; 3 would shard a module of a few megabytes and is refused.
     mismatch_warning: mean absolute log-probability mismatch between engine and learner that warns.
@@ -61,6 +63,8 @@ class LearnerConfig(BaseModel):
     groups: int = Field(32, ge=1)
     learning_rate: float = Field(1e-4, gt=0.0)
     warmup_steps: int = Field(10, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_rate: float = Field(0.1, ge=0.0, le=1.0)
     weight_decay: float = Field(0.0, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(1.0, gt=0.0)

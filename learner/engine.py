@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from experts.state import Arrays
 from learner.config import LearnerConfig
+from learner.schedule import learning_rate
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -78,14 +79,17 @@ def free_port() -> int:
 
 
 class RouterEngine:
-    """DeepSpeed around the router: ZeRO 0 to 2, float32, AdamW, gradient clipping."""
+    """DeepSpeed around the router: ZeRO 0 to 2, float32, AdamW, gradient clipping.
 
-    def __init__(self, router: nn.Module, config: LearnerConfig) -> None:
+    total_steps: of the whole run, which the learning rate's schedule needs.
+    """
+
+    def __init__(self, router: nn.Module, config: LearnerConfig, total_steps: int) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
         logger.setLevel("WARNING")
-        self.config = config
+        self.config, self.total_steps = config, total_steps
         self._steps = 0
         self.engine, *_ = deepspeed.initialize(
             model=router, model_parameters=list(router.parameters()), config=self._settings()
@@ -132,8 +136,7 @@ class RouterEngine:
 
     def step(self) -> float:
         """One optimizer step; returns the gradient's norm before clipping."""
-        warmup = self.config.warmup_steps
-        rate = self.config.learning_rate * min(1.0, (self._steps + 1) / (warmup + 1))
+        rate = learning_rate(self.config, self._steps + 1, self.total_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         norm = self._norm() if self.config.zero_stage == 0 else None

@@ -78,6 +78,7 @@ class LearnerSpec:
     shape: RouterShape
     seed: int
     max_staleness: int
+    steps: int
     threads: int = 0
 
 
@@ -93,7 +94,7 @@ class LearnerRank:
         self.policy = load_frozen(spec.policy_path, spec.policy_dtype, device, "policy")
         router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device)
         self.old_router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device).requires_grad_(False)
-        self.engine = RouterEngine(router, spec.learner)
+        self.engine = RouterEngine(router, spec.learner, spec.steps)
         self.gradient = PrefixGradient(
             self.policy,
             build_algorithm(spec.algorithm),
@@ -145,6 +146,17 @@ class LearnerRank:
         self.engine.load(arrays, OptimizerState(0, {}))
         self.version, self.initial = 0, dict(arrays)
         self.history = {0: RouterSnapshot.of(self.initial, 0, 0)}
+
+    def calibrate(self, *features: Encoded) -> Arrays:
+        """What a fresh router would start from after a look at these features; the rank itself stays as it is.
+
+        One rank computes it and all start from it: eigenvectors may differ in the last bits between machines.
+        A router of your own without `calibrate` starts as it was made.
+        """
+        router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
+        if calibrate := getattr(router, "calibrate", None):
+            calibrate(stack_features([e.features for e in features]), self.spec.router.calibration.ridge)
+        return take_arrays(router)
 
     def update(self, ordinals: Sequence[int], waves: int, *parts: Rollout | Encoded) -> UpdateResult:
         """One update on the groups of `ordinals`.

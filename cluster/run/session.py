@@ -96,6 +96,11 @@ class Session:
             await fleet.get_all(
                 [rank.call("start_from", start.arrays) for rank in fleet.learners], "loading router.init"
             )
+        elif count := self.config.router.calibration.prompts:
+            with self.console.status("looking at the experts' states"):
+                prompts = [self.stream.prompt(ordinal) for ordinal in range(count)]
+                arrays = fleet.learners[0].call("calibrate", *fleet.encode(prompts))
+                await fleet.get_all([rank.call("start_from", arrays) for rank in fleet.learners], "calibrating")
         router = fleet.learners[0].call("snapshot")
         evaluator = Evaluator(self.config, fleet, self.tasks)
         prompts = evaluator.prompts("test", self.config.evaluation.prompts)

@@ -71,6 +71,7 @@ def learner_spec(config: RunConfig, shape: RouterShape) -> LearnerSpec:
         shape=shape,
         seed=config.seed,
         max_staleness=config.max_staleness,
+        steps=config.steps,
         threads=share_of_cores(config, config.learner.ranks, config.learner.threads),
     )
 

@@ -94,6 +94,7 @@ class World:
             shape=self.shape,
             seed=11,
             max_staleness=staleness,
+            steps=1000,
         )
 
     def learner(self, place: Rendezvous | None = None, **settings: Any) -> LearnerRank:
