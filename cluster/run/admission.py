@@ -158,7 +158,7 @@ class Admission:
 
     @property
     def waits_for(self) -> list[int]:
-        """Running prompts without which the next update cannot be formed; any of them while there are too few groups."""
+        """Running prompts that the next update waits for: all of them while there are too few groups."""
         chosen = self._oldest()
         late = self._too_late(chosen)
         if late is None:

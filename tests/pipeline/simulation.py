@@ -50,15 +50,18 @@ class Simulation:
         """Grows with the duration."""
         return min(self.duration(ordinal), 10.0)
 
+    def has_signal(self, ordinal: int) -> bool:
+        """Whether dynamic sampling would keep the group."""
+        return bool(np.random.default_rng((self.seed, ordinal, 1)).random() <= self.weather.signal)
+
+    def fresh(self) -> Admission:
+        """What a new driver starts with."""
+        a = self.admission
+        return Admission(a.groups_per_update, a.max_staleness, a.updates, a.limits)
+
     def run(self) -> None:
         """Until the last update, or AssertionError when nothing can happen any more."""
         rng = np.random.default_rng(self.seed)
-        new = lambda: Admission(  # noqa: E731
-            self.admission.groups_per_update,
-            self.admission.max_staleness,
-            self.admission.updates,
-            self.admission.limits,
-        )
         saved, trained_then = json.dumps(self.admission.state()), dict(self.trained)
         calls: list[tuple[float, int, list[int]]] = []
         now, number = 0.0, 0
@@ -89,7 +92,7 @@ class Simulation:
                     ]
                     a.filter(flat)
             if rng.random() < self.weather.resume:
-                self.admission, calls, self.trained = new(), [], dict(trained_then)
+                self.admission, calls, self.trained = self.fresh(), [], dict(trained_then)
                 self.admission.restore(json.loads(saved))
         raise AssertionError("the run does not come to an end")
 
