@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from rollout.types import RewardStatus
 
 NO_SIGNAL = 1e-6
 
@@ -22,6 +26,15 @@ def spread(rewards: Rewards, ok: Ok) -> Float[Tensor, " groups"]:
 
 def _signal(rewards: Rewards, ok: Ok) -> Bool[Tensor, "groups samples"]:
     return ok & (spread(rewards, ok) >= NO_SIGNAL)[:, None]
+
+
+def has_signal(rewards: Sequence[float], statuses: Sequence[RewardStatus]) -> bool:
+    """Whether one group's rewards tell its completions apart: else every advantage is exactly 0.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476) ends the other groups as `filtered`.
+    """
+    ok = [reward for reward, status in zip(rewards, statuses, strict=True) if status is RewardStatus.OK]
+    return bool(ok) and max(ok) - min(ok) >= NO_SIGNAL
 
 
 def centered(rewards: Rewards, ok: Ok) -> Rewards:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.advantages import NO_SIGNAL, centered, leave_one_out, normalised, spread
+from learner.advantages import NO_SIGNAL, centered, has_signal, leave_one_out, normalised, spread
+from rollout.types import RewardStatus
 
 KINDS = [normalised, centered, leave_one_out]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
@@ -47,6 +48,27 @@ def test_one_ok_completion_has_nothing_to_be_compared_with(kind):
 def test_a_group_without_any_ok_completion_is_zero(kind):
     assert of(kind, [1.0, 0.0], [False, False]).tolist() == [0.0] * 2
     assert spread(torch.tensor([[1.0, 0.0]]), torch.tensor([[False, False]])).tolist() == [0.0]
+
+
+near = st.sampled_from([0.0, 1.0, 1.0 + 0.5 * NO_SIGNAL, 1.0 + NO_SIGNAL, 1.0 + 2 * NO_SIGNAL, float("nan")])
+status = st.sampled_from(list(RewardStatus))
+
+
+@kinds
+@given(row=st.lists(st.tuples(near | values, status), min_size=1, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_a_group_has_a_signal_just_when_its_advantages_are_not_all_zero(kind, row):
+    """Rewards at the threshold among them, and junk where the verifier failed."""
+    row = [(0.0 if s is RewardStatus.OK and r != r else r, s) for r, s in row]
+    rewards, statuses = [r for r, _ in row], [s for _, s in row]
+    found = of(kind, rewards, [s is RewardStatus.OK for s in statuses])
+    assert has_signal(rewards, statuses) == bool((found != 0).any())
+
+
+def test_an_empty_group_has_no_signal():
+    assert not has_signal([], [])
+    assert not has_signal([1.0, 0.0], [RewardStatus.TIMEOUT, RewardStatus.OK])
+    assert has_signal([1.0, 0.0], [RewardStatus.OK, RewardStatus.OK])
 
 
 def test_the_threshold_holds_for_each_group_alone():
