@@ -17,10 +17,14 @@ from learner.losses import (
     PerToken,
     clamped_log_ratio,
     clipped_surrogate,
-    engine_correction,
+    engine_weight,
     k1,
     k3,
+    masked_outside,
+    sequence_ratio,
     token_weights,
+    truncated,
+    weighted_logprob,
 )
 
 
@@ -44,7 +48,10 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A micro-batch's share of the update's loss, and per-token tensors for its metrics."""
+    """A micro-batch's share of the update's loss, and per-token tensors for its metrics.
+
+    clipped: where the clip acts.  corrected: where the engine correction is truncated or masks.
+    """
 
     loss: Float[Tensor, ""]
     ratio: PerToken
@@ -71,6 +78,16 @@ class GRPO:
         """Loss per token before correction and KL, and where the clip acts."""
         return clipped_surrogate(ratio, advantage, self.config.eps_low, self.config.eps_high)
 
+    def correction(self, batch: TokenBatch) -> tuple[PerToken, Mask]:
+        """Weight per token for what the sampling engine computed otherwise, without gradient, and where it is cut."""
+        c = self.config
+        if c.correction == "none":
+            return torch.ones_like(batch.old), torch.zeros_like(batch.valid)
+        weight = engine_weight(batch.old, batch.sampler)
+        if c.correction == "icepop":
+            return masked_outside(weight, c.icepop_low, c.icepop_high)
+        return truncated(weight, c.correction_cap)
+
     def loss(self, batch: TokenBatch, denominators: Denominators) -> LossTerms:
         """This micro-batch's share of the loss: shares of all micro-batches and ranks add up to it."""
         c = self.config
@@ -86,7 +103,7 @@ class GRPO:
             rewards = rewards - c.kl.coefficient * penalty.to(rewards.dtype)
         advantage = self.advantages(rewards, batch.ok)
         policy, clipped = self.policy_loss(batch, ratio, advantage.reshape(-1).to(ratio.dtype))
-        correction, corrected = engine_correction(batch.old, batch.sampler, c.correction_cap)
+        correction, corrected = self.correction(batch)
         per_token = policy * correction
         if batch.reference is not None and c.kl.estimator != "k1_reward":
             weight = ratio * correction if c.kl.estimator == "k3_weighted" else 1.0
@@ -119,7 +136,42 @@ class RLOO(GRPO):
         return advantages.leave_one_out(rewards, ok)
 
 
-ALGORITHMS = {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO}
+class DAPO(GRPO):
+    """GRPO with a higher upper clip, all tokens alike, and groups without signal dropped (arXiv 2503.14476).
+
+    All three are settings (`config.KIND_DEFAULTS`): the class only names them.
+    """
+
+
+class GSPO(GRPO):
+    """One ratio and one clip for a whole completion (arXiv 2507.18071)."""
+
+    def policy_loss(
+        self, batch: TokenBatch, ratio: PerToken, advantage: Float[Tensor, " rows"]
+    ) -> tuple[PerToken, Mask]:
+        """The clipped surrogate of the completion's ratio; the clip stops all of its tokens or none."""
+        whole = sequence_ratio(clamped_log_ratio(batch.logprobs, batch.old)[0], batch.valid)
+        return super().policy_loss(batch, whole, advantage)
+
+
+class CISPO(GRPO):
+    """REINFORCE with a clipped importance weight: no token is dropped (arXiv 2506.13585)."""
+
+    def policy_loss(
+        self, batch: TokenBatch, ratio: PerToken, advantage: Float[Tensor, " rows"]
+    ) -> tuple[PerToken, Mask]:
+        """Log-probabilities weighted by the clipped ratio."""
+        return weighted_logprob(batch.logprobs, ratio, advantage, self.config.eps_low, self.config.eps_high)
+
+
+ALGORITHMS = {
+    "grpo": GRPO,
+    "dr_grpo": DrGRPO,
+    "rloo": RLOO,
+    "dapo": DAPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+}
 
 
 def build_algorithm(config: AlgorithmConfig) -> GRPO:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+# The published settings of a kind, where they are not GRPO's: DAPO arXiv 2503.14476, GSPO 2507.18071 section 5.1,
+# CISPO 2506.13585 (no lower bound) with the upper one of 2510.13786, a weight of 5.
+KIND_DEFAULTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
+    {
+        "dapo": {"eps_high": 0.28, "aggregation": "token", "dynamic_sampling": True},
+        "gspo": {"eps_low": 3e-4, "eps_high": 4e-4},
+        "cispo": {"eps_low": 1.0, "eps_high": 4.0, "aggregation": "token"},
+    }
+)
 
 
 class KLConfig(BaseModel):
@@ -24,27 +35,66 @@ class KLConfig(BaseModel):
 
 
 class AlgorithmConfig(BaseModel):
-    """How rewards become a loss.
+    """How rewards become a loss (docs/mathematics.md).
 
-    kind: `grpo`, `dr_grpo`, `rloo`, or `module:Class` of your own.
+    kind: `grpo`, `dr_grpo`, `rloo`, `dapo`, `gspo`, `cispo`, or `module:Class` of your own.  Three have defaults
+        of their own: `dapo` eps_high 0.28, aggregation token, dynamic_sampling; `gspo` eps_low 3e-4, eps_high
+        4e-4; `cispo` eps_low 1 (no lower bound), eps_high 4, aggregation token.
+    eps_low, eps_high: the ratio is clipped to [1 - eps_low, 1 + eps_high].
     aggregation: `sequence` = mean over a completion's tokens, then over completions; `token` = mean
         over all tokens of the update; `constant` = sum over `constant_length`, mean over completions.
-    correction_cap: C of the truncated importance weight min(exp(old - sampler), C); 0 switches it off.
+    dynamic_sampling: a group whose completions all got the same reward ends as `filtered`, and another prompt
+        takes its place in the update.
+    correction: of the sampling engine's log-probabilities, by the weight exp(old - sampler): `tis` cuts it at
+        `correction_cap`; `icepop` drops tokens whose weight is outside [`icepop_low`, `icepop_high`]; `none`.
     """
 
     model_config = FROZEN
     kind: str = "grpo"
-    eps_low: float = Field(0.2, gt=0.0, lt=1.0)
+    eps_low: float = Field(0.2, gt=0.0, le=1.0)
     eps_high: float = Field(0.2, gt=0.0)
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     constant_length: int | None = Field(None, ge=1)
+    dynamic_sampling: bool = False
+    correction: Literal["tis", "icepop", "none"] = "tis"
     correction_cap: float = Field(2.0, ge=0.0)
+    icepop_low: float = Field(0.5, ge=0.0, le=1.0)
+    icepop_high: float = Field(5.0, ge=1.0)
     kl: KLConfig = KLConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("kind"), str):
+            return KIND_DEFAULTS.get(data["kind"], {}) | data
+        return data
+
     @model_validator(mode="after")
-    def _length(self) -> AlgorithmConfig:
+    def _check(self) -> AlgorithmConfig:
         if self.aggregation == "constant" and self.constant_length is None:
             raise ValueError("algorithm.aggregation: constant needs algorithm.constant_length")
+        if self.correction_cap == 0:
+            raise ValueError("algorithm.correction_cap: 0 would drop every token; for no correction: correction: none")
+        penalised = self.kl.reference != "none" and self.kl.coefficient > 0 and self.kl.estimator == "k1_reward"
+        if self.dynamic_sampling and penalised:
+            raise ValueError(
+                "algorithm.dynamic_sampling drops groups by their rewards, which kl.estimator: k1_reward changes "
+                "afterwards; use k3 or k3_weighted, or dynamic_sampling: false"
+            )
+        # Compared by value: a run's resolved configuration names every key and must load again.
+        users = {
+            "constant_length": ("aggregation", "constant"),
+            "correction_cap": ("correction", "tis"),
+            "icepop_low": ("correction", "icepop"),
+            "icepop_high": ("correction", "icepop"),
+        }
+        for name, (key, user) in users.items():
+            unchanged = getattr(self, name) == type(self).model_fields[name].default
+            if not unchanged and getattr(self, key) != user:
+                raise ValueError(
+                    f"algorithm.{name} has no effect with {key}: {getattr(self, key)}; "
+                    f"set {key}: {user} or leave {name} out"
+                )
         return self
 
 

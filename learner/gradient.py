@@ -26,7 +26,7 @@ Prefix = Float[Tensor, "groups slots width"]
 
 @dataclass
 class Sums:
-    """Additive metrics: sums over micro-batches and ranks, divided by `tokens` (valid ones) at the end."""
+    """Additive metrics: sums over micro-batches and ranks; `tokens` and `completions` count the valid ones."""
 
     values: dict[str, float] = field(default_factory=dict)
     mismatch_max: float = 0.0
@@ -45,9 +45,9 @@ class Sums:
             total.mismatch_max = max(total.mismatch_max, part.mismatch_max)
         return total
 
-    def mean(self, name: str) -> float:
-        """A sum per valid token."""
-        return self.values.get(name, 0.0) / max(self.values.get("tokens", 0.0), 1.0)
+    def mean(self, name: str, per: str = "tokens") -> float:
+        """A sum per valid token, or per valid completion."""
+        return self.values.get(name, 0.0) / max(self.values.get(per, 0.0), 1.0)
 
 
 class PrefixGradient:
@@ -137,9 +137,11 @@ def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: Lo
     sums.add(
         loss=terms.loss.item(),
         tokens=valid.sum().item(),
+        completions=valid.any(dim=1).sum().item(),
         kl=torch.where(valid, terms.kl, 0.0).sum().item(),
         entropy=torch.where(valid, statistics.entropy, 0.0).sum().item(),
         clipped=terms.clipped.sum().item(),
+        clipped_completions=terms.clipped.any(dim=1).sum().item(),
         corrected=terms.corrected.sum().item(),
         kl_clamped=terms.kl_clamped.sum().item(),
         mismatch=mismatch.sum().item(),

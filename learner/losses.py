@@ -53,12 +53,44 @@ def clipped_surrogate(
     return -torch.minimum(ratio * advantage, clipped * advantage), acts
 
 
-def engine_correction(old: PerToken, sampler: PerToken, cap: float) -> tuple[PerToken, Mask]:
-    """min(exp(log pi_old - log pi_sampler), cap), detached, and where the cap acts; 1 everywhere where `cap` is 0."""
-    if cap == 0:
-        return torch.ones_like(old), torch.zeros_like(old, dtype=torch.bool)
-    weight = clamped_log_ratio(old, sampler)[0].exp().detach()
+def sequence_ratio(log_ratio: PerToken, valid: Mask) -> PerToken:
+    """GSPO's ratio of a completion, the geometric mean of its tokens' ratios, on every token.
+
+    Each token's copy has the gradient of its own log-probability only, as in GSPO-token (arXiv 2507.18071): with
+    equal weights within a completion the copies add up to the gradient of the ratio itself, and a correction per
+    token finds its token.
+    """
+    mean = torch.where(valid, log_ratio, 0.0).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp_min(1)
+    # The bracket is exactly 0, so that a completion's copies are equal to the last bit.
+    return (mean.detach() + (log_ratio - log_ratio.detach())).exp()
+
+
+def weighted_logprob(
+    logprobs: PerToken, ratio: PerToken, advantages: Float[Tensor, " rows"], eps_low: float, eps_high: float
+) -> tuple[PerToken, Mask]:
+    """-clip(ratio) * A * log pi with the clipped ratio detached (CISPO), and where the clip changes a weight.
+
+    The value means nothing; every token keeps a gradient.
+    """
+    advantage, weight = advantages[:, None], ratio.detach()
+    clipped = weight.clamp(1 - eps_low, 1 + eps_high)
+    return -clipped * advantage * logprobs, (clipped != weight) & (advantage != 0)
+
+
+def engine_weight(old: PerToken, sampler: PerToken) -> PerToken:
+    """exp(log pi_old - log pi_sampler), detached: what the sampling engine's disagreement asks for."""
+    return clamped_log_ratio(old, sampler)[0].exp().detach()
+
+
+def truncated(weight: PerToken, cap: float) -> tuple[PerToken, Mask]:
+    """TIS: min(weight, cap), and where the cap acts."""
     return weight.clamp_max(cap), weight > cap
+
+
+def masked_outside(weight: PerToken, low: float, high: float) -> tuple[PerToken, Mask]:
+    """IcePop (arXiv 2510.18855): the weight within [low, high], 0 outside, and where it is 0."""
+    outside = (weight < low) | (weight > high)
+    return weight.masked_fill(outside, 0.0), outside
 
 
 def k1(logprobs: PerToken, reference: PerToken) -> tuple[PerToken, Mask]:

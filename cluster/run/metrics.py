@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from cluster.run.scoring import GroupReport, WaveReport
-from learner.advantages import NO_SIGNAL
+from learner.advantages import has_signal
 from learner.gradient import Sums
 
 
@@ -45,12 +45,13 @@ def step_metrics(
         "reward/mean": _mean(rewards),
         "reward/std": pstdev(rewards) if rewards else 0.0,
         **{f"reward/{task}": _mean(r for g in mine for r in g.ok_rewards) for task, mine in by_task(groups).items()},
-        "groups/no_signal": _mean(_spread(group) < NO_SIGNAL for group in groups),
+        "groups/no_signal": _mean(not has_signal(group.rewards, group.statuses) for group in groups),
         "rewards/masked_fraction": 1 - len(rewards) / completions,
         "policy/kl": sums.mean("kl"),
         "policy/entropy": sums.mean("entropy"),
         "policy/ratio": sums.mean("ratio"),
         "policy/clip_fraction": sums.mean("clipped"),
+        "policy/clipped_completions_fraction": sums.mean("clipped_completions", per="completions"),
         "policy/corrected_fraction": sums.mean("corrected"),
         "policy/kl_clamped_fraction": sums.mean("kl_clamped"),
         "policy/truncated_fraction": sum(group.truncated for group in groups) / completions,
@@ -86,11 +87,6 @@ def attention_metrics(groups: Sequence[GroupReport], experts: Sequence[str]) -> 
 def by_task(groups: Sequence[GroupReport]) -> dict[str, list[GroupReport]]:
     """Groups by task name, tasks in name order."""
     return {task: [g for g in groups if g.task == task] for task in sorted({g.task for g in groups})}
-
-
-def _spread(group: GroupReport) -> float:
-    rewards = group.ok_rewards
-    return max(rewards) - min(rewards) if rewards else 0.0
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -73,13 +73,18 @@ class Setting:
     rewards: Tensor = REWARDS
 
 
-def code_gradient(config: AlgorithmConfig, setting: Setting) -> tuple[Tensor, bool, bool]:
-    """Expected gradient over all groups drawn from the sampler; whether the clip and the cap acted anywhere."""
+def code_gradient(config: AlgorithmConfig, setting: Setting, kept: Tensor | None = None) -> tuple[Tensor, bool, bool]:
+    """Expected gradient over all groups drawn from the sampler; whether clip and correction acted anywhere.
+
+    kept: (groups,) the groups that are trained on, as a share of which the expectation is then taken.
+    """
     theta = setting.theta.clone().requires_grad_(True)
     mine, old, sampler = logprobs(theta), logprobs(setting.old), logprobs(setting.sampler)
     reference = None if config.kl.reference == "none" else logprobs(setting.reference)
     algorithm, every = build_algorithm(config), groups(setting.samples)
     chance = whole(sampler.exp())[every].prod(dim=1)
+    if kept is not None:
+        every, chance = every[kept], chance[kept] / chance[kept].sum()
     totals = SIZE[every].sum(dim=1)
     expected, clipped, corrected = torch.zeros((), dtype=torch.float64), False, False
     for total in totals.unique().tolist():
@@ -113,7 +118,7 @@ def advantage(kind: str, rewards: list[float]) -> list[float]:
     if kind == "rloo":
         return [r - (sum(rewards) - r) / (count - 1) for r in rewards]
     deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (count - 1))
-    return [(r - mean) / (deviation if kind == "grpo" else 1.0) for r in rewards]
+    return [(r - mean) / (1.0 if kind == "dr_grpo" else deviation) for r in rewards]
 
 
 def paid(config: AlgorithmConfig, setting: Setting) -> Tensor:
@@ -138,9 +143,30 @@ def token_weight(config: AlgorithmConfig, every: Tensor) -> Tensor:
 def moved(config: AlgorithmConfig, setting: Setting, p: Tensor) -> Tensor:
     """(completions, 2) `p`, times the disagreement of the sampling engine that the correction leaves undone."""
     old, sampler = logprobs(setting.old).exp(), logprobs(setting.sampler).exp()
-    cap = config.correction_cap
-    undone = torch.minimum(old, cap * sampler) / old if cap else sampler / old
-    return p * undone
+    if config.correction == "icepop":
+        trusted = (config.icepop_low * sampler <= old) & (old <= config.icepop_high * sampler)
+        return torch.where(trusted, p, 0.0)
+    counted = torch.minimum(old, config.correction_cap * sampler) if config.correction == "tis" else sampler
+    return p * counted / old
+
+
+def sides(config: AlgorithmConfig, setting: Setting, mine: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
+    """(completions, 2) what stands for a token's probability where its advantage is positive, and where negative.
+
+    mine: the trained policy's log-probabilities, with gradient; without `clip` the bounds are left out.
+    """
+    p, now, old = mine.exp(), logprobs(setting.theta).exp(), logprobs(setting.old).exp()
+    above, below = 1 + config.eps_high, 1 - config.eps_low
+    if config.kind == "gspo":
+        # The completion's ratio, seen as a function of this token alone.
+        length = SIZE[:, None].double()
+        ratio = (p * others(now) / whole(old)[:, None]).pow(1 / length)
+        top, bottom = (ratio.clamp(max=above), ratio.clamp(min=below)) if clip else (ratio, ratio)
+        return old * length * top, old * length * bottom
+    if config.kind == "cispo":
+        held = torch.minimum(torch.maximum(now, below * old), above * old) if clip else now
+        return held * mine, held * mine
+    return (torch.minimum(p, above * old), torch.maximum(p, below * old)) if clip else (p, p)
 
 
 def written(config: AlgorithmConfig, setting: Setting, clip: bool = False) -> Tensor:
@@ -153,23 +179,31 @@ def written(config: AlgorithmConfig, setting: Setting, clip: bool = False) -> Te
     every, rewards = groups(setting.samples), paid(config, setting)
     table = torch.tensor([advantage(config.kind, row) for row in rewards[every].tolist()], dtype=torch.float64)
     mine, mu = logprobs(theta), logprobs(setting.sampler).exp()
-    p, old = mine.exp(), logprobs(setting.old).exp()
     chance = whole(mu)[every]
     neighbours = chance.prod(dim=1, keepdim=True) / chance
     weight = token_weight(config, every) * neighbours
-    gain, loss = p, p
-    if clip:
-        gain, loss = torch.minimum(p, (1 + config.eps_high) * old), torch.maximum(p, (1 - config.eps_low) * old)
     shown = VALID[every]
-    up, down = ((others(mu) * moved(config, setting, side))[every] for side in (gain, loss))
+    up, down = ((others(mu) * moved(config, setting, side))[every] for side in sides(config, setting, mine, clip))
     worth = torch.where(table[:, :, None] > 0, up, down) * table[:, :, None]
     objective = -(torch.where(shown, worth, 0.0) * weight[:, :, None]).sum()
     if config.kl.reference != "none" and config.kl.estimator != "k1_reward":
         k3 = (logprobs(setting.reference) - mine).exp() - 1 + mine - logprobs(setting.reference)
-        counted = moved(config, setting, p) if config.kl.estimator == "k3_weighted" else mu
+        counted = moved(config, setting, mine.exp()) if config.kl.estimator == "k3_weighted" else mu
         penalty = torch.where(shown, (others(mu) * counted * k3)[every], 0.0)
         objective = objective + config.kl.coefficient * (penalty * weight[:, :, None]).sum()
     return torch.autograd.grad(objective, theta)[0]
+
+
+def published_gspo(config: AlgorithmConfig, setting: Setting) -> Tensor:
+    """Gradient of GSPO's objective as its authors write it: one clipped ratio a completion, its mean over the group."""
+    theta = setting.theta.clone().requires_grad_(True)
+    every = groups(setting.samples)
+    table = torch.tensor([advantage("gspo", row) for row in setting.rewards[every].tolist()], dtype=torch.float64)
+    ratio = (whole(logprobs(theta).exp()) / whole(logprobs(setting.old).exp())).pow(1 / SIZE.double())[every]
+    held = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
+    chance = whole(logprobs(setting.sampler).exp())[every].prod(dim=1)
+    objective = (chance * torch.minimum(ratio * table, held * table).mean(dim=1)).sum()
+    return torch.autograd.grad(-objective, theta)[0]
 
 
 def gradient_of(objective: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ CASES += [(1, 3, "token"), (1, 3, "constant")]
 
 def algorithm(aggregation: str) -> AlgorithmConfig:
     """GRPO with a KL term that matters, and a clip that acts on some tokens."""
-    settings = {"aggregation": aggregation, "constant_length": 9, "kl": {"coefficient": 0.3}, "eps_low": 0.05}
+    settings = {"aggregation": aggregation, "kl": {"coefficient": 0.3}, "eps_low": 0.05}
+    if aggregation == "constant":
+        settings["constant_length"] = 9
     return AlgorithmConfig.model_validate(settings)
 
 

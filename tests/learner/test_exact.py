@@ -7,25 +7,32 @@ from typing import Any
 import pytest
 import torch
 
+from learner.advantages import has_signal
 from learner.config import AlgorithmConfig
+from learner.losses import weighted_logprob
+from rollout.types import RewardStatus
 from tests.learner.enumeration import (
     BETA,
     LENGTH,
     REWARDS,
+    VALID,
     Setting,
     code_gradient,
     gradient_of,
     groups,
+    logprobs,
     mean_reward,
     parameters,
+    published_gspo,
     relative_error,
     sequence_kl,
     token_kl,
+    whole,
     written,
 )
 
 EXACT = 1e-11
-ALGORITHMS = ["grpo", "dr_grpo", "rloo"]
+ALGORITHMS = ["grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo"]
 ESTIMATORS = ["none", "k3", "k3_weighted", "k1_reward"]
 AGGREGATIONS = ["sequence", "token", "constant"]
 THETA = parameters(0)
@@ -39,11 +46,14 @@ every_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
 
 
 def config(kind: str, estimator: str = "none", aggregation: str = "constant", **settings: Any) -> AlgorithmConfig:
-    """An algorithm's settings; a large KL coefficient, so that the term matters."""
+    """An algorithm's settings; a large KL coefficient, so that the term matters, and a wide clip also for GSPO."""
     kl = {"reference": "none"} if estimator == "none" else {"estimator": estimator, "coefficient": BETA}
-    return AlgorithmConfig.model_validate(
-        {"kind": kind, "aggregation": aggregation, "constant_length": LENGTH, "kl": kl, **settings}
-    )
+    given: dict[str, Any] = {"kind": kind, "aggregation": aggregation, "kl": kl, "dynamic_sampling": False}
+    if aggregation == "constant":
+        given["constant_length"] = LENGTH
+    if kind == "gspo":
+        given |= {"eps_low": 0.2, "eps_high": 0.2}
+    return AlgorithmConfig.model_validate(given | settings)
 
 
 def on_policy(**settings: Any) -> Setting:
@@ -62,29 +72,99 @@ def test_on_policy_gradient_is_that_of_the_objective(kind, estimator, aggregatio
     assert relative_error(found, written(how, on_policy())) < EXACT
 
 
+ICEPOP = {"correction": "icepop", "icepop_low": 0.8, "icepop_high": 1.3}
+
+
 @pytest.mark.parametrize(
-    ("sampler", "cap"), [(OLD, 2.0), (NEAR, 2.0), (FAR, 1.1), (NEAR, 0.0)], ids=["same", "engine", "truncated", "off"]
+    ("sampler", "correction", "acts"),
+    [
+        (OLD, {}, False),
+        (NEAR, {}, False),
+        (FAR, {"correction_cap": 1.1}, True),
+        (FAR, ICEPOP, True),
+        (NEAR, {"correction": "none"}, False),
+    ],
+    ids=["same", "engine", "truncated", "masked", "off"],
 )
 @every_estimator
 @every_algorithm
-def test_stale_gradient_is_that_of_the_objective(kind, estimator, sampler, cap):
-    """Two versions old; the sampling engine agrees, differs, hits the cap, or goes uncorrected."""
-    how = config(kind, estimator, "sequence", correction_cap=cap)
+def test_stale_gradient_is_that_of_the_objective(kind, estimator, sampler, correction, acts):
+    """Two versions old; the sampling engine agrees, differs, hits the cap, is masked, or goes uncorrected."""
+    how = config(kind, estimator, "sequence", **correction)
     setting = Setting(THETA, OLD, sampler, REFERENCE)
     found, clipped, corrected = code_gradient(how, setting)
     assert not clipped
-    assert corrected == (cap == 1.1)
+    assert corrected == acts
     assert relative_error(found, written(how, setting)) < EXACT
 
 
 @every_algorithm
-def test_the_clip_stops_what_has_moved_far_enough(kind):
+def test_the_clip_acts_on_what_has_moved_far_enough(kind):
     how = config(kind, "k3_weighted", eps_low=0.02, eps_high=0.03)
     setting = Setting(THETA, OLD, NEAR, REFERENCE)
     found, clipped, _ = code_gradient(how, setting)
     assert clipped
     assert relative_error(found, written(how, setting, clip=True)) < EXACT
     assert relative_error(found, written(how, setting)) > 1e-3
+
+
+@pytest.mark.parametrize(("eps", "acts"), [(0.2, False), (0.02, True)], ids=["wide", "narrow"])
+def test_gspo_is_the_published_objective(eps, acts):
+    how = config("gspo", aggregation="sequence", eps_low=eps, eps_high=eps)
+    setting = Setting(THETA, OLD, OLD, REFERENCE)
+    found, clipped, _ = code_gradient(how, setting)
+    assert clipped == acts
+    assert relative_error(found, published_gspo(how, setting)) < EXACT
+
+
+@every_aggregation
+@pytest.mark.parametrize("kind", ["dapo", "gspo", "cispo"])
+def test_on_policy_all_normalised_algorithms_are_grpo(kind, aggregation):
+    """They differ in what they do with a ratio, and it is 1."""
+    found, *_ = code_gradient(config(kind, aggregation=aggregation), on_policy())
+    wanted, *_ = code_gradient(config("grpo", aggregation=aggregation), on_policy())
+    assert relative_error(found, wanted) < EXACT
+
+
+def test_off_policy_gspo_counts_completions_as_often_as_the_sampler_wrote_them():
+    """The stated bias: the root of the ratio is no importance weight, so GRPO's objective is not GSPO's."""
+    setting = Setting(THETA, OLD, OLD, REFERENCE)
+    found, wanted = (code_gradient(config(kind), setting)[0] for kind in ("gspo", "grpo"))
+    assert relative_error(found, wanted) > 1e-3
+
+
+def test_off_policy_cispo_is_grpo_until_the_clip_acts():
+    setting = Setting(THETA, OLD, NEAR, REFERENCE)
+    found, wanted = (code_gradient(config(kind), setting)[0] for kind in ("cispo", "grpo"))
+    assert relative_error(found, wanted) < EXACT
+
+
+@pytest.mark.parametrize(("eps", "neutral"), [(0.9, True), (0.02, False)], ids=["wide", "narrow"])
+def test_cispo_makes_a_baseline_matter_where_the_clip_acts(eps, neutral):
+    """The stated bias: with every completion worth the same there should be nothing to learn."""
+
+    def objective(theta: torch.Tensor) -> torch.Tensor:
+        mine, old = logprobs(theta), logprobs(OLD)
+        same = torch.ones(len(mine), dtype=torch.float64)
+        loss, acts = weighted_logprob(mine, (mine - old).exp(), same, eps, eps)
+        assert bool((acts & VALID).any()) != neutral
+        return (torch.where(VALID, loss, 0.0).sum(dim=1) * whole(old.exp())).sum()
+
+    assert (gradient_of(objective, THETA).abs().max() < EXACT) == neutral
+
+
+@every_algorithm
+def test_dropping_groups_without_signal_changes_the_scale_alone(kind):
+    """Without a KL term: what is dropped had no gradient, and prompts count alike however often they are dropped."""
+    statuses = [RewardStatus.OK] * 3
+    kept = torch.tensor([has_signal(row, statuses) for row in REWARDS[groups(3)].tolist()])
+    setting = Setting(THETA, OLD, OLD, REFERENCE)
+    how = config(kind, aggregation="sequence")
+    chance = whole(logprobs(OLD).exp())[groups(3)].prod(dim=1)
+    found, *_ = code_gradient(how, setting, kept)
+    everything, *_ = code_gradient(how, setting)
+    assert 0 < kept.sum() < len(kept)
+    assert relative_error(found * chance[kept].sum(), everything) < EXACT
 
 
 @pytest.mark.parametrize("samples", [2, 3])

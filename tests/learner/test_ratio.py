@@ -10,7 +10,18 @@ import torch
 
 from learner.algorithms import TokenBatch, build_algorithm
 from learner.config import AlgorithmConfig
-from learner.losses import Denominators, clamped_log_ratio, clipped_surrogate, engine_correction, k3, token_weights
+from learner.losses import (
+    Denominators,
+    clamped_log_ratio,
+    clipped_surrogate,
+    engine_weight,
+    k3,
+    masked_outside,
+    sequence_ratio,
+    token_weights,
+    truncated,
+    weighted_logprob,
+)
 from tests.learner.gradient_cases import at_version_one
 from tests.learner.world import backward, flat, prompts
 
@@ -41,7 +52,37 @@ def test_the_clip_acts_on_a_stale_group(world, fresh):
     learner.restore(at_version_one(learner), 0)
     sums = backward(learner, groups)
     assert 0 < sums.values["clipped"] < sums.values["tokens"]
+    assert 0 < sums.values["clipped_completions"] < sums.values["completions"] == 20
     assert sums.values["ratio"] != sums.values["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["gspo", "cispo"])
+def test_without_staleness_a_real_update_is_that_of_grpo(world, fresh, kind):
+    found = []
+    for settings in ({"kind": kind, "aggregation": "sequence"}, {}):
+        learner = fresh(**settings)
+        sums = backward(learner, world.scored(prompts(5), learner.snapshot()).groups)
+        assert sums.values["clipped"] == 0
+        found.append(flat(learner.engine.gradients()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6 * found[1].abs().max().item())
+
+
+def test_gspo_clips_whole_completions_of_a_stale_group(world, fresh, monkeypatch):
+    learner = fresh(staleness=1, kind="gspo")
+    groups = world.scored(prompts(5), learner.snapshot()).groups
+    learner.restore(at_version_one(learner), 0)
+    seen, loss = [], learner.gradient.algorithm.loss
+
+    def spy(batch, denominators):
+        seen.append((batch.valid, loss(batch, denominators)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(learner.gradient.algorithm, "loss", spy)
+    sums = backward(learner, groups)
+    rows = [row for valid, terms in seen for row in zip(valid, terms.clipped, strict=True)]
+    assert all(clipped.equal(valid) or not clipped.any() for valid, clipped in rows)
+    assert 0 < sums.values["clipped_completions"] < sums.values["completions"]
+    assert sums.mean("clipped_completions", per="completions") == sum(bool(c.any()) for _, c in rows) / 20
 
 
 @pytest.mark.parametrize(
@@ -65,33 +106,63 @@ def test_the_clip_stops_the_gradient_only_where_a_token_has_moved_the_right_way(
     assert clipped.item() == acts
 
 
-def test_the_correction_is_truncated_counted_and_detached():
-    old = torch.log(torch.tensor([[0.1, 0.4, 0.9, 0.5]])).requires_grad_(True)
-    sampler = torch.log(torch.tensor([[0.2, 0.4, 0.3, 0.5e-3]]))
-    weight, acts = engine_correction(old, sampler, 2.0)
-    assert weight.tolist()[0] == pytest.approx([0.5, 1.0, 2.0, 2.0])
-    assert acts.tolist() == [[False, False, True, True]]
+def test_gspo_gives_every_token_the_completions_ratio_and_its_own_gradient():
+    x = torch.tensor([[0.2, -0.6, 5.0], [0.3, 9.0, 9.0]], dtype=torch.float64, requires_grad=True)
+    ratio = sequence_ratio(x, torch.tensor([[True, True, False], [True, False, False]]))
+    assert ratio[0, :2].tolist() == pytest.approx([np.exp(-0.2)] * 2)
+    assert ratio[1, 0].item() == pytest.approx(np.exp(0.3))
+    assert ratio[0, 0] == ratio[0, 1]
+    ratio[0, 1].backward()
+    assert x.grad.tolist() == [pytest.approx([0.0, np.exp(-0.2), 0.0]), [0.0] * 3]
+
+
+def test_cispo_bounds_the_weight_and_keeps_every_tokens_gradient():
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]], dtype=torch.float64, requires_grad=True)
+    ratio = torch.tensor([[0.5, 1.1, 9.0]], dtype=torch.float64).expand(2, 3) * (logprobs.detach() / logprobs)
+    loss, acts = weighted_logprob(logprobs, ratio, torch.tensor([2.0, 0.0], dtype=torch.float64), 0.2, 0.3)
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == [pytest.approx([-1.6, -2.2, -2.6]), [0.0] * 3]
+    assert acts.tolist() == [[True, False, True], [False] * 3]
+
+
+def test_the_correction_is_truncated_or_masked_counted_and_detached():
+    old = torch.log(torch.tensor([[0.1, 0.4, 0.9, 0.5, 0.1]])).requires_grad_(True)
+    sampler = torch.log(torch.tensor([[0.2, 0.4, 0.3, 0.5e-3, 0.3]]))
+    weight = engine_weight(old, sampler)
     assert not weight.requires_grad
-
-
-def test_a_cap_of_zero_switches_the_correction_off():
-    weight, acts = engine_correction(torch.zeros(1, 2), torch.full((1, 2), -3.0), 0.0)
-    assert weight.tolist() == [[1.0, 1.0]]
-    assert not acts.any()
+    cut, acts = truncated(weight, 2.0)
+    assert cut.tolist()[0] == pytest.approx([0.5, 1.0, 2.0, 2.0, 1 / 3])
+    assert acts.tolist() == [[False, False, True, True, False]]
+    left, masked = masked_outside(weight, 0.49, 5.0)
+    assert left.tolist()[0] == pytest.approx([0.5, 1.0, 3.0, 0.0, 0.0])
+    assert masked.tolist() == [[False, False, False, True, True]]
 
 
 def test_an_engine_that_disagrees_is_corrected_in_a_real_update(world, fresh):
-    """The engine claims half the probability for every token of one group: weights of 2, cut to C."""
+    """The engine claims half the probability for every token of one group: weights of 2, cut to C or masked."""
     learner = fresh()
     groups = world.scored(prompts(2), learner.snapshot()).groups
     lied = [replace(c, logprobs=(c.logprobs - np.log(2.0)).astype(np.float32)) for c in groups[0].completions]
-    sums = {}
-    for cap in (1.5, 0.0):
-        learner.gradient.algorithm = build_algorithm(learner.spec.algorithm.model_copy(update={"correction_cap": cap}))
-        sums[cap] = backward(learner, [replace(groups[0], completions=tuple(lied)), groups[1]]).values
-    assert sums[1.5]["corrected"] == sum(len(c.tokens) for c in lied)
-    assert sums[0.0]["corrected"] == 0
-    assert sums[1.5]["mismatch"] == pytest.approx(np.log(2.0) * sums[1.5]["corrected"], rel=1e-4)
+    sums, gradients = {}, {}
+    ways = {
+        "tis": {"correction_cap": 1.5},
+        "icepop": {"correction": "icepop", "icepop_high": 1.5},
+        "none": {"correction": "none"},
+    }
+    for name, settings in ways.items():
+        learner.gradient.algorithm = build_algorithm(learner.spec.algorithm.model_copy(update=settings))
+        sums[name] = backward(learner, [replace(groups[0], completions=tuple(lied)), groups[1]]).values
+        gradients[name] = flat(learner.engine.gradients())
+    lies = sum(len(c.tokens) for c in lied)
+    assert [sums[name]["corrected"] for name in ways] == [lies, lies, 0]
+    assert sums["tis"]["mismatch"] == pytest.approx(np.log(2.0) * lies, rel=1e-4)
+    # One group at weight 1, 1.5 and 0 beside one at weight 1: masking takes away and moves no denominator.
+    torch.testing.assert_close(
+        gradients["tis"] - gradients["none"],
+        0.5 * (gradients["none"] - gradients["icepop"]),
+        rtol=1e-3,
+        atol=1e-5 * gradients["none"].abs().max().item(),
+    )
 
 
 @pytest.mark.parametrize("estimator", ["k3", "k1_reward"])
