@@ -13,10 +13,10 @@ from rich.console import Console
 from benchmarks.job import Job
 from cluster.config import RunConfig, load
 from cluster.run import actors
-from cluster.run.admission import Admission
 from cluster.run.driver import Driver
 from cluster.run.folder import RunFolder
 from cluster.run.records import Records
+from cluster.run.session import make_driver
 from cluster.run.start import Started, start_inline, start_on_ray
 from cluster.watch.live import Plan, make_watch
 from learner.engine import free_port
@@ -90,9 +90,7 @@ async def measure(job: Job) -> None:
     try:
         watch = make_watch(Console(file=io.StringIO()))
         records = TimedRecords(config, folder, watch, started.shape)
-        admission = Admission(config.learner.groups, config.max_staleness, config.steps)
-        router = started.fleet.learners[0].call("snapshot")
-        driver = Driver(config, started.fleet, PromptStream(tasks, config.data), admission, records, router)
+        driver = await make_driver(config, started.fleet, PromptStream(tasks, config.data), records, watch.note)
         experts = tuple(expert.name for expert in config.experts)
         watch.start(Plan(name=config.run, total_steps=config.steps, tasks=tuple(tasks), experts=experts))
         records.begin(driver, job)

@@ -66,13 +66,33 @@ class RayConfig(BaseModel):
     start_deadline_s: float = Field(900.0, gt=0)
 
 
+class PipelineConfig(BaseModel):
+    """How prompts flow; `max_staleness` says how far ahead of the learner.
+
+    prompts_per_call: that go through experts, policy and verifiers together; None takes
+        `learner.groups` over `policy.workers`.
+    open_groups: prompts started and not yet ended; None leaves the limit to `max_staleness`.
+    buffer_mb: finished groups that wait for their update.
+    attempts: failures with nothing else under way after which a prompt is given up.
+    max_restarts: of one worker without a success in between; one more stops the run.
+    """
+
+    model_config = FROZEN
+    prompts_per_call: int | None = Field(None, ge=1)
+    open_groups: int | None = Field(None, ge=1)
+    buffer_mb: float = Field(1024.0, gt=0)
+    attempts: int = Field(3, ge=1)
+    max_restarts: int = Field(5, ge=0)
+
+
 class RunConfig(BaseModel):
     """Everything a run depends on.
 
     run: name of the run's folder under `root`.
     seed: of training (router's start, sampling, expert dropout); zoo, data and evaluation have their own.
     steps: updates of the router.
-    max_staleness: S; 0 trains every group under the router version that produced it.
+    max_staleness: S; no group is trained more than S updates after the router that produced it, and
+        rollouts run ahead by as much; 0 is synchronous training.
     threads: torch threads a worker; 0 shares the machine's cores among the workers of a stage.
     """
 
@@ -82,7 +102,7 @@ class RunConfig(BaseModel):
     seed: int = 0
     steps: int = Field(ge=1)
     execution: Literal["ray", "inline"] = "ray"
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: int = Field(2, ge=0)
     threads: int = Field(0, ge=0)
     data: DataConfig
     experts: tuple[ExpertConfig, ...]
@@ -95,6 +115,7 @@ class RunConfig(BaseModel):
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -110,13 +131,18 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "execution: inline runs in one process: set learner.ranks, policy.workers and rewards.workers to 1"
             )
-        if self.max_staleness > 0:
-            raise ValueError("max_staleness above 0 (asynchronous training) is not supported yet: set it to 0")
-        if self.learner.groups % self.policy.workers:
+        limit = self.pipeline.open_groups
+        if limit is not None and limit < self.learner.groups:
             raise ValueError(
-                f"learner.groups {self.learner.groups} is not a multiple of policy.workers {self.policy.workers}"
+                f"pipeline.open_groups {limit} is less than learner.groups {self.learner.groups}: no update could form"
             )
         return self
+
+    @property
+    def prompts_per_call(self) -> int:
+        """Prompts that go through the stages together."""
+        share = -(-self.learner.groups // self.policy.workers)
+        return min(self.pipeline.prompts_per_call or share, self.learner.groups)
 
     @property
     def folder(self) -> Path:
@@ -207,6 +233,7 @@ RESUMABLE = (
     "cache",
     "checkpoint",
     "evaluation",
+    "pipeline",
     "rewards.workers",
     "rewards.timeout_s",
     "learner.ranks",

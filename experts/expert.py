@@ -57,6 +57,10 @@ class Expert:
     def __repr__(self) -> str:
         return f"Expert({self.config.name})"
 
+    def ready(self) -> bool:
+        """Answers once the worker is built."""
+        return True
+
     def info(self) -> dict[str, Any]:
         """Name, width, parameters and fingerprints, for the router's metadata and the run's summary."""
         return {

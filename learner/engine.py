@@ -110,6 +110,7 @@ class RouterEngine:
                     "betas": list(c.betas),
                     "weight_decay": c.weight_decay,
                     "torch_adam": True,
+                    "fused": True,
                 },
             },
             "steps_per_print": 10**9,

@@ -134,6 +134,11 @@ class LearnerRank:
         """Gathered from all ranks: every rank must be called."""
         return LearnerState(self.snapshot(), self.engine.optimizer_state(), dict(self.history), self.initial)
 
+    def moments(self) -> OptimizerState | None:
+        """The optimizer's state, from rank 0 only; gathered from all ranks: every rank must be called."""
+        state = self.engine.optimizer_state()
+        return state if self.place.rank == 0 else None
+
     def restore(self, state: LearnerState, incarnation: int) -> None:
         """Goes on from a state; the incarnation tells its versions from those of a life before."""
         self.engine.load(state.snapshot.arrays, state.optimizer)

@@ -8,6 +8,9 @@ nothing else.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypedDict
@@ -174,3 +177,79 @@ class Rollout:
     misses: int
     seconds: float
     encode_s: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On the wire a rollout is a few flat arrays: as single objects, pickling took longer than scoring."""
+        return _unpack, (_pack(self.groups), self.tokens, self.hits, self.misses, self.seconds, self.encode_s)
+
+
+Ragged = tuple[np.ndarray, list[tuple[int, ...]]]
+
+
+def _join(arrays: Sequence[np.ndarray], dtype: Any) -> Ragged:
+    """Arrays of any shapes as one flat one, and their shapes."""
+    flat = [np.ascontiguousarray(array, dtype=dtype).reshape(-1) for array in arrays]
+    return (np.concatenate(flat) if flat else np.zeros(0, dtype), [array.shape for array in arrays])
+
+
+def _cut(ragged: Ragged) -> Iterator[np.ndarray]:
+    flat, shapes = ragged
+    end = 0
+    for shape in shapes:
+        start, end = end, end + math.prod(shape)
+        yield flat[start:end].reshape(shape)
+
+
+def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
+    completions = [completion for group in groups for completion in group.completions]
+    scores = [score for group in groups for score in group.scores]
+    return (
+        [(g.prompt.ordinal, g.prompt.task, g.prompt.messages, g.prompt.answer, g.prompt.payload) for g in groups],
+        [(g.sampling.temperature, g.sampling.max_new_tokens, g.sampling.samples) for g in groups],
+        [(g.router.version, g.router.incarnation, g.router.checksum) for g in groups],
+        [(g.prefix_hash, g.prefix_rms_ratio, g.feature_keys) for g in groups],
+        [(len(g.completions), len(g.scores)) for g in groups],
+        _join([g.prompt_tokens for g in groups], np.int64),
+        _join([g.draws.expert_mask for g in groups], bool),
+        _join([g.prefix_sketch for g in groups], np.float32),
+        _join([g.attention for g in groups], np.float32),
+        _join([c.tokens for c in completions], np.int64),
+        _join([c.logprobs for c in completions], np.float32),
+        [c.text for c in completions],
+        [c.finish.value for c in completions],
+        [(s.reward, s.status.value, s.reason) for s in scores],
+    )
+
+
+def _unpack(packed: tuple[Any, ...], *cost: Any) -> Rollout:
+    prompts, samplings, routers, prefixes, counts, *rest = packed
+    tokenised, masks, sketches, attentions, tokens, logprobs, texts, finishes, scored = rest
+    completions = iter(
+        [
+            Completion(tokens=t, logprobs=p, text=text, finish=FinishReason(finish))
+            for t, p, text, finish in zip(_cut(tokens), _cut(logprobs), texts, finishes, strict=True)
+        ]
+    )
+    scores = iter([Score(reward=r, status=RewardStatus(status), reason=why) for r, status, why in scored])
+    columns = zip(prompts, samplings, routers, prefixes, counts, strict=True)
+    arrays = zip(_cut(tokenised), _cut(masks), _cut(sketches), _cut(attentions), strict=True)
+    groups = tuple(
+        Group(
+            prompt=Prompt(ordinal=prompt[0], task=prompt[1], messages=prompt[2], answer=prompt[3], payload=prompt[4]),
+            prompt_tokens=prompt_tokens,
+            completions=tuple(itertools.islice(completions, count)),
+            sampling=Sampling(temperature=sampling[0], max_new_tokens=sampling[1], samples=sampling[2]),
+            router=RouterStamp(version=router[0], incarnation=router[1], checksum=router[2]),
+            draws=Draws(expert_mask=mask),
+            prefix_hash=prefix[0],
+            prefix_sketch=sketch,
+            prefix_rms_ratio=prefix[1],
+            feature_keys=prefix[2],
+            attention=attention,
+            scores=tuple(itertools.islice(scores, score_count)),
+        )
+        for (prompt, sampling, router, prefix, (count, score_count)), (prompt_tokens, mask, sketch, attention) in zip(
+            columns, arrays, strict=True
+        )
+    )
+    return Rollout(groups, *cost)

@@ -40,6 +40,10 @@ class RolloutWorker:
     def __repr__(self) -> str:
         return f"Rollout({self.index})"
 
+    def ready(self) -> bool:
+        """Answers once the worker is built."""
+        return True
+
     def info(self) -> dict[str, Any]:
         """Width, parameters and fingerprints of the policy, for the router's shape and the run's summary."""
         return {

@@ -1,14 +1,15 @@
-"""The only module that knows Ray: joining or starting a cluster, and workers as actors."""
+"""Joining or starting a Ray cluster, and workers as actors.  Only this module and `faults.py` know Ray."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.run.environment import PROCESS_ENVIRONMENT
+from cluster.run.faults import answer_stack_requests
 from cluster.run.fleet import Reference
 from cluster.run.recipe import Recipe
 from cluster.run.scoring import ScoringWorker, WaveReport
@@ -47,7 +48,7 @@ def join_cluster(address: str | None, dashboard_port: int | None, namespace: str
         "namespace": namespace,
         "logging_level": "WARNING",
         "log_to_driver": False,
-        "runtime_env": environment,
+        "runtime_env": {**environment, "worker_process_setup_hook": answer_stack_requests},
     }
     try:
         if address:
@@ -76,31 +77,72 @@ def leave_cluster() -> None:
 
 @dataclass
 class RayHandle:
-    """An actor."""
+    """An actor, or its successor after `restart`: calls always go to the one that lives.
 
-    name: str
-    actor: Any
+    setup: calls that every fresh process needs before any other, in order.
+    """
+
+    recipe: Recipe
+    concurrency: int = 1
+    setup: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    generation: int = 0
+    actor: Any = None
+
+    def __post_init__(self) -> None:
+        self.actor = _create(self)
+
+    @property
+    def name(self) -> str:
+        """The worker's name, the same for all its generations."""
+        return self.recipe.name
+
+    @property
+    def actor_id(self) -> str:
+        """Ray's id of the present process, in hex."""
+        return self.actor._actor_id.hex()
 
     def call(self, method: str, *args: Any, returns: int = 1, **kwargs: Any) -> Reference:
         """Starts a method; gives its reference, or one for each of several values."""
         return getattr(self.actor, method).options(num_returns=returns).remote(*args, **kwargs)
 
+    def start_with(self, method: str, *args: Any) -> Reference:
+        """A call now, and again first thing in every later process."""
+        self.setup.append((method, args))
+        return self.call(method, *args)
+
+    def restart(self) -> None:
+        """Ends the process if it still lives, and starts another."""
+        import ray
+
+        ray.kill(self.actor, no_restart=True)
+        self.generation += 1
+        self.actor = _create(self)
+        for method, args in self.setup:
+            self.call(method, *args)
+
 
 def spawn(recipe: Recipe, concurrency: int = 1) -> RayHandle:
-    """Starts an actor; calls to it wait until it is up.  The pipeline alone retries, never Ray."""
+    """Starts an actor; calls to it wait until it is up."""
+    return RayHandle(recipe, concurrency)
+
+
+def _create(handle: RayHandle) -> Any:
+    """Starts an actor's process.  The pipeline alone retries, never Ray."""
     import ray
 
+    recipe = handle.recipe
     options: dict[str, Any] = {
-        "name": recipe.name,
+        # The name of a process that has just ended may still be taken.
+        "name": recipe.name + (f" #{handle.generation}" if handle.generation else ""),
         "num_cpus": recipe.cpus,
         "num_gpus": recipe.gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
         "runtime_env": {"env_vars": PROCESS_ENVIRONMENT},
     }
-    if concurrency > 1:
-        options["max_concurrency"] = concurrency
-    return RayHandle(recipe.name, ray.remote(recipe.kind).options(**options).remote(*recipe.args))
+    if handle.concurrency > 1:
+        options["max_concurrency"] = handle.concurrency
+    return ray.remote(recipe.kind).options(**options).remote(*recipe.args)
 
 
 class AsyncScoringWorker(ScoringWorker):

@@ -7,8 +7,8 @@ wait for groups at the bound, they may be too many by then.  So the bound is str
 thrown away, and slow prompts are not replaced by lucky fast ones.
 
 Every issued prompt ends once: `trained`, `filtered` (no learning signal) or `dead` (failed too often).
-A prompt whose call failed runs again.  After two failures in company it runs alone, and only failures
-alone count against it: in company it is usually another prompt's, or nobody's, fault.
+A prompt whose call failed runs again.  After two failures in company it runs with nothing else under
+way, and only failures there count against it: in company the fault is usually another's, or nobody's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-ALONE_AFTER = 2  # failures in company until a prompt runs by itself
+ALONE_AFTER = 2  # failures in company until a prompt runs with nothing else under way
 
 
 class AdmissionError(RuntimeError):
@@ -86,16 +86,13 @@ class Admission:
             allowed = min(allowed, needed)
         return allowed - started
 
-    @property
-    def next_is_alone(self) -> bool:
-        """Whether the next prompt to start is one that must run by itself."""
-        return bool(self.retry) and self._runs_alone(self.retry[0])
-
     def issue(self, count: int) -> list[int]:
         """Starts up to `count` prompts under the current version, for one call; ones to be run again come first."""
+        if any(map(self._runs_alone, self.running)):
+            return []
         ordinals: list[int] = []
-        while len(ordinals) < min(count, self.capacity + len(ordinals)):
-            if self.next_is_alone and ordinals:
+        for _ in range(min(count, self.capacity)):
+            if self.retry and self._runs_alone(self.retry[0]) and self.running:
                 break
             if self.retry:
                 ordinal = self.retry.pop(0)
@@ -120,12 +117,13 @@ class Admission:
         blameless: what failed is known and it was none of the prompts.
         """
         failed = list(ordinals)
+        in_company = len(failed) > 1 or len(self.running) > 1
         died = []
         for ordinal in failed:
             self._leave(self.running, ordinal, "failed but was not running")
             shared, alone = self.failures.get(ordinal, (0, 0))
             if not blameless:
-                shared, alone = (shared + 1, alone) if len(failed) > 1 else (shared, alone + 1)
+                shared, alone = (shared + 1, alone) if in_company else (shared, alone + 1)
                 self.failures[ordinal] = (shared, alone)
             if alone >= self.limits.attempts:
                 self.dead.add(ordinal)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from cluster.run import groups
 from experts.config import RouterConfig
 from experts.state import RouterShape, RouterSnapshot, save_router
 from learner.engine import OptimizerState
 from learner.learner import LearnerState
+from rollout.types import Group, Prompt
+
+FINISHED = "finished.jsonl.gz"
 
 
 class CheckpointError(ValueError):
@@ -31,11 +36,13 @@ class Checkpoint:
     """What a run goes on from.
 
     driver: the admission's state, the stream's, elapsed seconds and samples.
+    finished: scored groups that wait for their update.
     """
 
     step: int
     learner: LearnerState
     driver: dict[str, Any]
+    finished: Sequence[Group] = ()
 
 
 def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: RouterConfig, keep: int) -> Path:
@@ -47,6 +54,7 @@ def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: Router
     save_file(arrays, partial / "learner.safetensors")
     (partial / "learner.json").write_text(json.dumps(meta, indent=2) + "\n")
     (partial / "driver.json").write_text(json.dumps(checkpoint.driver) + "\n")
+    groups.write_file(partial / FINISHED, checkpoint.finished)
     manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps({"step": checkpoint.step, "files": manifest}, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -62,8 +70,11 @@ def steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def read(root: Path, step: int | None = None) -> Checkpoint:
+def read(root: Path, step: int | None = None, prompt: Callable[[int], Prompt] | None = None) -> Checkpoint:
     """The checkpoint of a step, or the last one.
+
+    Args:
+        prompt: makes the prompt of an ordinal (the run's stream); without it finished groups are left out.
 
     Raises:
         CheckpointError: when there is none, or a file does not match its manifest.
@@ -82,7 +93,8 @@ def read(root: Path, step: int | None = None) -> Checkpoint:
             )
     meta = json.loads((folder / "learner.json").read_text())
     learner = _unflatten(load_file(folder / "learner.safetensors"), meta)
-    return Checkpoint(manifest["step"], learner, json.loads((folder / "driver.json").read_text()))
+    finished = groups.read_file(folder / FINISHED, prompt) if prompt else []
+    return Checkpoint(manifest["step"], learner, json.loads((folder / "driver.json").read_text()), finished)
 
 
 def _flatten(state: LearnerState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.config import RunConfig
 from cluster.run.admission import Admission
-from cluster.run.fleet import Fleet, Reference
-from cluster.run.metrics import StepTimes, step_metrics
-from cluster.run.scoring import GroupReport, WaveReport
+from cluster.run.fleet import Fault, Fleet, Handle, Reference
+from cluster.run.learning import Learning, LostGroupsError
+from cluster.run.metrics import PipelineState, StepTimes, step_metrics
+from cluster.run.recovery import Recovery, Stage
+from cluster.run.scoring import GroupReport, WaveReport, wave_report
+from learner.advantages import has_signal
 from learner.gradient import Sums
-from learner.learner import LearnerState, UpdateResult
+from learner.learner import LearnerState
 from rewards.stream import PromptStream
-from rollout.types import Group, Sampling
+from rollout.types import Group, Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,15 @@ class Sink(Protocol):
         ...
 
     def groups(self, step: int, groups: list[Group]) -> None:
-        """The groups of a step, only when `wants_groups`."""
+        """The groups of a step, only when the configuration keeps them."""
         ...
 
-    def checkpoint(self, step: int, learner: LearnerState, driver: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, learner: LearnerState, driver: dict[str, Any], finished: list[Group]) -> None:
         """Everything needed to go on from here."""
+        ...
+
+    def dead(self, ordinal: int, task: str, fault: Fault) -> None:
+        """A prompt that failed too often and is given up."""
         ...
 
     async def validate(self, step: int, router: Reference) -> None:
@@ -56,66 +64,131 @@ class Driver:
     """One run's loop.  `stop` may be set from outside: the step in progress is finished first."""
 
     def __init__(
-        self, config: RunConfig, fleet: Fleet, stream: PromptStream, admission: Admission, sink: Sink, router: Reference
+        self,
+        config: RunConfig,
+        fleet: Fleet,
+        stream: PromptStream,
+        admission: Admission,
+        sink: Sink,
+        recovery: Recovery,
+        learning: Learning,
     ) -> None:
         self.config, self.fleet, self.stream, self.admission, self.sink = config, fleet, stream, admission, sink
-        self.router = router
+        self.recovery, self.learning = recovery, learning
         self.stop = asyncio.Event()
         self._wake: asyncio.Future[None] | None = None
         self.elapsed_s, self.samples = 0.0, 0
         self._waves: dict[int, Wave] = {}
         self._fresh: list[WaveReport] = []
+        self._filtered = 0
+        self._load: Counter[str] = Counter()
         self._changed = asyncio.Condition()
+        self._writing: asyncio.Task[None] | None = None
         sampling = config.sampling
         self._sampling = Sampling(
             temperature=sampling.temperature, max_new_tokens=sampling.max_new_tokens, samples=sampling.samples
         )
-
-    def request_stop(self) -> None:
-        """Ends the run after the step in progress; call from the loop's own thread."""
-        self.stop.set()
-        self._wake = asyncio.ensure_future(self._notify())
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
 
     @property
     def step(self) -> int:
         """Updates done."""
         return self.admission.version
 
+    def request_stop(self) -> None:
+        """Ends the run after the step in progress; call from the loop's own thread."""
+        self.stop.set()
+        self._wake = asyncio.ensure_future(self._notify())
+
     async def run(self) -> None:
-        """Trains until the configured number of steps, or until `stop` is set."""
-        async with asyncio.TaskGroup() as tasks:
-            rollouts = tasks.create_task(self._rollouts())
-            await self._training()
-            rollouts.cancel()
+        """Trains until the configured number of steps, or until `stop` is set.
+
+        Raises:
+            RunError: when a worker keeps failing; a checkpoint of the last update is written before.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                rollouts = tasks.create_task(self._rollouts())
+                await self._training()
+                rollouts.cancel()
+        except BaseExceptionGroup as group:
+            await self._save_if_possible()
+            raise _first(group) from group
+
+    def resume_with(self, finished: Sequence[Group]) -> None:
+        """Takes over a checkpoint's finished groups; their features are encoded again."""
+        if not finished:
+            return
+        rollout = Rollout(tuple(finished), tokens=0, hits=0, misses=0, seconds=0.0, encode_s=0.0)
+        features = self.fleet.encode([group.prompt for group in finished])
+        wave = Wave(self.fleet.backend.put(rollout), features, wave_report(rollout, finished, 0.0))
+        self._waves.update(dict.fromkeys((group.ordinal for group in finished), wave))
+
+    # Rollouts
 
     async def _rollouts(self) -> None:
-        """Starts a wave on every rollout worker whenever admission has room."""
-        size = self.config.learner.groups // self.config.policy.workers
-        async with asyncio.TaskGroup() as waves:
+        """Starts calls whenever admission has room for one."""
+        async with asyncio.TaskGroup() as calls:
             while True:
                 async with self._changed:
-                    await self._changed.wait_for(lambda: self.admission.capacity >= size)
-                for worker in range(self.config.policy.workers):
-                    if ordinals := self.admission.issue(size):
-                        waves.create_task(self._wave(ordinals, worker))
+                    while not (ordinals := self._issue()):
+                        await self._changed.wait()
+                calls.create_task(self._call(ordinals))
 
-    async def _wave(self, ordinals: list[int], worker: int) -> None:
-        prompts = [self.stream.prompt(ordinal) for ordinal in ordinals]
-        features = self.fleet.encode(prompts)
-        rollout = self.fleet.rollouts[worker].call("generate", prompts, self._sampling, self.router, *features)
-        verifier = self.fleet.rewards[worker % len(self.fleet.rewards)]
-        scored, report_ref = verifier.call("score", rollout, returns=2)
-        report = await self.fleet.get(report_ref, f"rollout and rewards of prompts {ordinals[0]} to {ordinals[-1]}")
-        wave = Wave(scored, features, report)
-        self._fresh.append(report)
+    def _issue(self) -> list[int]:
+        a, size = self.admission, self.config.prompts_per_call
+        # A smaller call only where waiting for a full one could wait for ever.
+        if a.capacity >= size or a.retry or (a.capacity > 0 and not a.running and a.batch() is None):
+            return a.issue(size)
+        return []
+
+    async def _call(self, ordinals: list[int]) -> None:
+        """Some prompts through experts, policy and verifiers; on failure they are to run again."""
+        stages: list[Stage] = []
+        try:
+            wave = await self._through(ordinals, stages)
+        except self.fleet.backend.errors as error:
+            fault = await self.recovery.after(error, stages)
+            async with self._changed:
+                for ordinal in self.admission.fail(ordinals, blameless=fault.kind == "lost"):
+                    self.sink.dead(ordinal, self.stream.prompt(ordinal).task, fault)
+                self._changed.notify_all()
+            return
+        self.recovery.succeeded([handle for handle, _ in stages])
+        self._fresh.append(wave.report)
         async with self._changed:
             self._waves.update(dict.fromkeys(ordinals, wave))
-            self.admission.finish(ordinals)
+            self.admission.finish(ordinals, {group.ordinal: group.bytes for group in wave.report.groups})
+            if self.config.algorithm.dynamic_sampling:
+                self._filter(wave.report.groups)
             self._changed.notify_all()
+
+    async def _through(self, ordinals: list[int], stages: list[Stage]) -> Wave:
+        prompts = [self.stream.prompt(ordinal) for ordinal in ordinals]
+        features = self.fleet.encode(prompts)
+        stages += zip(self.fleet.experts, features, strict=True)
+        policy, verifier = self._idlest(self.fleet.rollouts), self._idlest(self.fleet.rewards)
+        self._load.update([policy.name, verifier.name])
+        try:
+            rollout = policy.call("generate", prompts, self._sampling, self.learning.router, *features)
+            scored, report_ref = verifier.call("score", rollout, returns=2)
+            stages += [(policy, rollout), (verifier, report_ref)]
+            report = await self.fleet.get(report_ref, f"prompts {ordinals[0]} to {ordinals[-1]}")
+        finally:
+            self._load.subtract([policy.name, verifier.name])
+        return Wave(scored, features, report)
+
+    def _idlest(self, handles: Sequence[Handle]) -> Handle:
+        return min(handles, key=lambda handle: self._load[handle.name])
+
+    def _filter(self, groups: Sequence[GroupReport]) -> None:
+        """Dynamic sampling: groups without signal end here, and others are sampled in their place."""
+        flat = [group.ordinal for group in groups if not has_signal(group.rewards, group.statuses)]
+        self.admission.filter(flat)
+        for ordinal in flat:
+            del self._waves[ordinal]
+        self._filtered += len(flat)
+
+    # Training
 
     async def _training(self) -> None:
         """Forms batches as they become ready and updates the router."""
@@ -126,63 +199,117 @@ class Driver:
             if batch is None:
                 break
             record = await self._update(batch, last)
+            if record is None:
+                continue
             last = time.perf_counter()
             self.elapsed_s = before + last - started
             self.sink.step(record)
             if self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps:
                 await self.save()
-            await self.sink.validate(self.step, self.router)
+            await self.sink.validate(self.step, self.learning.router)
+        await self._written()
         if self.step % self.config.checkpoint.every and self.step < self.config.steps:
             await self.save()
 
     async def _next_batch(self) -> list[int] | None:
-        ready: Callable[[], bool] = lambda: self.stop.is_set() or self.admission.batch() is not None  # noqa: E731
         async with self._changed:
-            await self._changed.wait_for(ready)
-        return None if self.stop.is_set() else self.admission.batch()
+            while not self.stop.is_set():
+                if (batch := self.admission.batch()) is not None:
+                    return batch
+                await self._changed.wait()
+        return None
 
-    async def _update(self, batch: list[int], last: float) -> dict[str, Any]:
+    async def _update(self, batch: list[int], last: float) -> dict[str, Any] | None:
+        """One update, and its record; None when some of the batch turned out to be lost."""
         version, start = self.step, time.perf_counter()
         waves = list({id(self._waves[o]): self._waves[o] for o in batch}.values())
-        parts = [w.rollout for w in waves] + [f for w in waves for f in w.features]
-        updates = [rank.call("update", batch, len(waves), *parts) for rank in self.fleet.learners]
-        router = self.fleet.learners[0].call("snapshot")
-        results: list[UpdateResult] = await self.fleet.get_all(updates, "the learner's update")
+        try:
+            parts = [w.rollout for w in waves] + [f for w in waves for f in w.features]
+            results = await self.learning.update(batch, len(waves), parts)
+        except LostGroupsError as error:
+            await self._run_again(batch, error.fault)
+            return None
         learner_s = time.perf_counter() - start
-        self.router = router
-        if self.config.checkpoint.groups:
-            await self._keep_groups(version + 1, batch, waves)
         by_ordinal = {group.ordinal: group for wave in waves for group in wave.report.groups}
         groups = [by_ordinal[ordinal] for ordinal in batch]
         self.samples += sum(len(group.statuses) for group in groups)
-        metrics = self._metrics(groups, results, version, StepTimes(time.perf_counter() - last, learner_s))
         async with self._changed:
             for ordinal in batch:
                 del self._waves[ordinal]
             self.admission.train(batch)
+            state = PipelineState(
+                filtered=self._filtered,
+                running=len(self.admission.running),
+                waiting=len(self.admission.finished),
+                restarts=sum(self.recovery.restarts.values()),
+            )
+            self._filtered = 0
             self._changed.notify_all()
+        fresh, self._fresh = self._fresh, []
+        # Rollouts of the next step are under way by now: what only concerns the records happens beside them.
+        if self.config.checkpoint.groups:
+            await self._written()
+            self._writing = asyncio.create_task(self._keep_groups(version + 1, batch, waves))
+        learned = Sums.merged([r.sums for r in results]), results[0].grad_norm
+        times = StepTimes(time.perf_counter() - last, learner_s)
+        experts = [expert.name for expert in self.config.experts]
+        metrics = step_metrics(fresh, groups, experts, version, learned, times, state)
         return {"step": version + 1, "ordinals": batch, **metrics}
 
-    def _metrics(
-        self, groups: list[GroupReport], results: list[UpdateResult], version: int, times: StepTimes
-    ) -> dict[str, float]:
-        learner = Sums.merged([r.sums for r in results]), results[0].grad_norm
-        fresh, self._fresh = self._fresh, []
-        return step_metrics(fresh, groups, [e.name for e in self.config.experts], version, learner, times)
+    async def _run_again(self, batch: list[int], fault: Fault) -> None:
+        """Groups whose data is gone with a node: their prompts run again."""
+        self.recovery.note(f"{fault}; {len(batch)} prompts run again")
+        async with self._changed:
+            for ordinal in batch:
+                del self._waves[ordinal]
+            self.admission.drop(batch)
+            self._changed.notify_all()
+
+    # Records
 
     async def _keep_groups(self, step: int, batch: list[int], waves: list[Wave]) -> None:
-        rollouts = await self.fleet.get_all([wave.rollout for wave in waves], "the step's groups")
-        wanted = set(batch)
+        self.sink.groups(step, await self._groups(batch, waves))
+
+    async def _groups(self, ordinals: Sequence[int], waves: Sequence[Wave]) -> list[Group]:
+        rollouts = await self.fleet.get_all([wave.rollout for wave in waves], "finished groups")
+        wanted = set(ordinals)
         kept = [group for rollout in rollouts for group in rollout.groups if group.ordinal in wanted]
-        self.sink.groups(step, sorted(kept, key=lambda group: group.ordinal))
+        return sorted(kept, key=lambda group: group.ordinal)
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            await self._writing
+            self._writing = None
 
     async def save(self) -> None:
         """Writes a checkpoint of this moment."""
-        states = await self.fleet.get_all([rank.call("state") for rank in self.fleet.learners], "the learner's state")
+        await self._written()
+        finished = sorted(self.admission.finished)
+        waves = list({id(self._waves[o]): self._waves[o] for o in finished}.values())
         driver = {
             "admission": self.admission.state(),
             "stream": self.stream.state(),
             "elapsed_s": self.elapsed_s,
             "samples": self.samples,
         }
-        self.sink.checkpoint(self.step, states[0], driver)
+        self.sink.checkpoint(self.step, await self.learning.state(), driver, await self._groups(finished, waves))
+
+    async def _save_if_possible(self) -> None:
+        """After a failure: the last update is whole in this process, only finished groups may be out of reach."""
+        expected: tuple[type[Exception], ...] = (*self.fleet.backend.errors, OSError)
+        try:
+            await self.save()
+        except expected:
+            self.recovery.note("no checkpoint of the last step could be written; the one before is whole")
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first single error of a group of groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,7 +1,7 @@
-"""The workers of a run behind one face: Ray actors, or the same objects in this process.
+"""Workers behind one face, whether they are Ray actors or live in this process.
 
-`call` gives a reference (Ray) or the value itself (inline); references are passed on as arguments
-unresolved, so that data goes from worker to worker and never through the driver.
+A call gives a reference at once; references go from worker to worker as arguments, so a rollout
+travels to its verifier and to the learner without passing the driver.
 """
 
 from __future__ import annotations
@@ -9,23 +9,44 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 Reference = Any
 
 
 class StuckError(RuntimeError):
-    """A remote wait outlasted its deadline; the message names the stage."""
+    """A worker that gave no answer within its deadline."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a call failed.
+
+    kind: `died` = the worker's process is gone, `lost` = a result is gone with the node that held it,
+        `stuck` = no answer in time, `raised` = the worker's code raised.
+    worker: name of the worker to blame, if that is known; `who` its handle, as long as it is still that one.
+    """
+
+    kind: Literal["died", "lost", "stuck", "raised"]
+    worker: str
+    detail: str
+    who: Handle | None = None
+
+    def __str__(self) -> str:
+        return f"{self.worker} {self.kind}: {self.detail}" if self.worker else f"{self.kind}: {self.detail}"
 
 
 class Handle(Protocol):
-    """One worker."""
+    """A worker."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Such as `Expert(arithmetic)`: the same for as long as the run lasts."""
+        ...
 
     def call(self, method: str, *args: Any, returns: int = 1, **kwargs: Any) -> Reference:
-        """Starts a method; with `returns` above 1, a reference for each of its values."""
+        """Starts a method; gives its reference, or one for each of several values."""
         ...
 
 
@@ -41,6 +62,72 @@ class Inline:
         return getattr(self.worker, method)(*args, **kwargs)
 
 
+class Backend(Protocol):
+    """What a fleet's place can say and do about its workers when something goes wrong.
+
+    errors: exceptions of failed calls that `fault` understands; any other one is a bug and is not caught.
+    survives: whether workers can be started again, so that state must be kept outside them.
+    """
+
+    errors: tuple[type[Exception], ...]
+    survives: bool
+
+    def fault(self, error: Exception, fleet: Fleet) -> Fault:
+        """Names the worker to blame."""
+        ...
+
+    def restart(self, handle: Any) -> None:
+        """Replaces a worker by a fresh one behind the same handle, and ends the old one if it is still there."""
+        ...
+
+    def is_ready(self, reference: Reference) -> bool:
+        """Whether a call has ended, well or badly."""
+        ...
+
+    def put(self, value: Any) -> Reference:
+        """Makes a value of the driver one object that any number of calls can take."""
+        ...
+
+    def stack(self, handle: Any) -> str:
+        """What a worker's threads are doing now, for people; empty when that cannot be found out."""
+        ...
+
+    def log_tail(self, handle: Any) -> str:
+        """The last lines a worker wrote to its log; empty when there are none."""
+        ...
+
+
+class InProcess:
+    """The backend of workers in this process: an error is the caller's own, and goes up as it is."""
+
+    errors: tuple[type[Exception], ...] = ()
+    survives = False
+
+    def fault(self, error: Exception, fleet: Fleet) -> Fault:
+        """See `Backend`; never asked, because `errors` is empty."""
+        raise error
+
+    def restart(self, handle: Any) -> None:
+        """See `Backend`."""
+        raise StuckError(f"{handle.name} lives in this process and cannot be started again")
+
+    def is_ready(self, reference: Reference) -> bool:
+        """See `Backend`; calls run at once."""
+        return True
+
+    def put(self, value: Any) -> Reference:
+        """See `Backend`."""
+        return value
+
+    def stack(self, handle: Any) -> str:
+        """See `Backend`."""
+        return ""
+
+    def log_tail(self, handle: Any) -> str:
+        """See `Backend`."""
+        return ""
+
+
 @dataclass
 class Fleet:
     """All workers of a run.  `experts` are in the router's order."""
@@ -50,6 +137,12 @@ class Fleet:
     rewards: Sequence[Handle]
     learners: Sequence[Handle]
     deadline_s: float
+    backend: Backend = field(default_factory=InProcess)
+
+    @property
+    def workers(self) -> list[Handle]:
+        """All of them."""
+        return [*self.experts, *self.rollouts, *self.rewards, *self.learners]
 
     def encode(self, prompts: Sequence[Any]) -> list[Reference]:
         """Every expert's features of some prompts."""
@@ -57,7 +150,7 @@ class Fleet:
         return [expert.call("encode", messages) for expert in self.experts]
 
     async def get(self, reference: Reference, stage: str) -> Any:
-        """The value of a reference.
+        """The value of a reference, or of a coroutine.
 
         Raises:
             StuckError: when it does not come within the deadline.

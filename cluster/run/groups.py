@@ -29,12 +29,17 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def write(folder: Path, step: int, groups: Sequence[Group]) -> None:
-    """Writes one JSON object a group; prompts are named by ordinal, the stream makes them again."""
+    """Writes the groups of a step, whole or not at all."""
     folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(_pack(group), separators=(",", ":")) + "\n" for group in groups)
     partial = folder / ".partial"
-    partial.write_bytes(gzip.compress(lines.encode(), compresslevel=1, mtime=0))
+    write_file(partial, groups)
     partial.replace(path_of(folder, step))
+
+
+def write_file(path: Path, groups: Sequence[Group]) -> None:
+    """Writes one JSON object a group; prompts are named by ordinal, the stream makes them again."""
+    lines = "".join(json.dumps(_pack(group), separators=(",", ":")) + "\n" for group in groups)
+    path.write_bytes(gzip.compress(lines.encode(), compresslevel=1, mtime=0))
 
 
 def read(folder: Path, step: int, prompt: Callable[[int], Prompt]) -> list[Group]:
@@ -43,7 +48,12 @@ def read(folder: Path, step: int, prompt: Callable[[int], Prompt]) -> list[Group
     Args:
         prompt: makes the prompt of an ordinal (the run's stream).
     """
-    lines = gzip.decompress(path_of(folder, step).read_bytes()).decode().splitlines()
+    return read_file(path_of(folder, step), prompt)
+
+
+def read_file(path: Path, prompt: Callable[[int], Prompt]) -> list[Group]:
+    """What `write_file` wrote."""
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     return [_unpack(json.loads(line), prompt) for line in lines]
 
 

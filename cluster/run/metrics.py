@@ -19,8 +19,22 @@ class StepTimes:
     learner_s: float
 
 
+@dataclass(frozen=True)
+class PipelineState:
+    """What is under way beside a step.
+
+    filtered: groups without signal that ended since the last update.  running, waiting: prompts in some
+    stage, and finished groups that wait.  restarts: of workers, in this process's life.
+    """
+
+    filtered: int = 0
+    running: int = 0
+    waiting: int = 0
+    restarts: int = 0
+
+
 # Metrics that depend on the machine, not on the computation: two equal runs may differ in these.
-MACHINE_PREFIXES = ("time/", "cache/", "rollout/tokens_per_second")
+MACHINE_PREFIXES = ("time/", "cache/", "rollout/tokens_per_second", "pipeline/")
 
 
 def step_metrics(
@@ -30,6 +44,7 @@ def step_metrics(
     version: int,
     learner: tuple[Sums, float],
     times: StepTimes,
+    pipeline: PipelineState,
 ) -> dict[str, float]:
     """Metrics of the update that trained `groups` and made router `version` + 1.
 
@@ -64,6 +79,10 @@ def step_metrics(
         "router/version": float(version),
         "staleness/mean": _mean(staleness),
         "staleness/max": float(max(staleness)),
+        "groups/filtered": float(pipeline.filtered),
+        "pipeline/running": float(pipeline.running),
+        "pipeline/waiting": float(pipeline.waiting),
+        "pipeline/restarts": float(pipeline.restarts),
         "rollout/tokens_per_second": tokens / times.step_s,
         "cache/hit_rate": hits / max(hits + misses, 1),
         "time/step_s": times.step_s,

@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.run import checkpoint, groups
 from cluster.run.evaluate import Evaluation, Evaluator, summary_of
-from cluster.run.fleet import Reference
+from cluster.run.fleet import Fault, Reference
 from cluster.run.folder import RunFolder
 from cluster.watch import logs
 from cluster.watch.board import Board
@@ -71,9 +71,15 @@ class Records:
         """See `Sink.groups`."""
         groups.write(self.folder.groups, step, kept)
 
-    def checkpoint(self, step: int, learner: LearnerState, driver: dict[str, Any]) -> None:
+    def dead(self, ordinal: int, task: str, fault: Fault) -> None:
+        """See `Sink.dead`."""
+        letter = {"ordinal": ordinal, "task": task, "worker": fault.worker, "reason": str(fault)}
+        logs.JsonLines(self.folder.dead_letters).append(letter)
+        self.watch.note(f"prompt {ordinal} is given up ({self.folder.dead_letters}): {fault}")
+
+    def checkpoint(self, step: int, learner: LearnerState, driver: dict[str, Any], finished: list[Group]) -> None:
         """See `Sink.checkpoint`."""
-        kept = checkpoint.Checkpoint(step, learner, driver)
+        kept = checkpoint.Checkpoint(step, learner, driver, finished)
         checkpoint.write(self.folder.checkpoints, kept, self.shape, self.config.router, self.config.checkpoint.keep)
 
     async def validate(self, step: int, router: Reference) -> None:

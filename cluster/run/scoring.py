@@ -19,7 +19,7 @@ class GroupReport:
     """What the driver needs of a group; the group itself goes straight to the learner.
 
     rewards, statuses: one a completion.  attention: (experts,) mean over latents; entropy: of the
-    attention over experts, in nats, mean over latents.
+    attention over experts, in nats, mean over latents.  bytes: of the group's arrays.
     """
 
     ordinal: int
@@ -31,6 +31,7 @@ class GroupReport:
     prefix_rms_ratio: float
     attention: tuple[float, ...]
     entropy: float
+    bytes: int
 
     @property
     def ok_rewards(self) -> list[float]:
@@ -59,6 +60,10 @@ class ScoringWorker:
 
     def __repr__(self) -> str:
         return repr(self.worker)
+
+    def ready(self) -> bool:
+        """Answers once the worker is built."""
+        return True
 
     def score(self, rollout: Rollout) -> tuple[Rollout, WaveReport]:
         """The rollout with its groups scored, and a report on it."""
@@ -104,4 +109,5 @@ def _group_report(group: Group) -> GroupReport:
         prefix_rms_ratio=group.prefix_rms_ratio,
         attention=tuple(attention.mean(axis=0).tolist()) if attention.size else (),
         entropy=float(entropy.mean()) if attention.size else 0.0,
+        bytes=group.prompt_tokens.nbytes + sum(c.tokens.nbytes + c.logprobs.nbytes for c in group.completions),
     )

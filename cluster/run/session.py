@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.run import actors, checkpoint
-from cluster.run.admission import Admission
-from cluster.run.driver import Driver
+from cluster.run.admission import Admission, Limits
+from cluster.run.driver import Driver, Sink
 from cluster.run.evaluate import Evaluation, Evaluator
+from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder
+from cluster.run.learning import Learning
 from cluster.run.records import Records, baselines_of
+from cluster.run.recovery import Recovery
 from cluster.run.start import Started, start_inline, start_on_ray
 from cluster.watch.live import Plan, Watch, make_watch
 from experts.state import load_router
@@ -49,7 +52,9 @@ class Session:
     async def run(self) -> Outcome:
         """The whole run; returns how it ended."""
         begun = time.perf_counter()
-        resumed = checkpoint.read(self.folder.checkpoints) if checkpoint.steps(self.folder.checkpoints) else None
+        resumed = None
+        if checkpoint.steps(self.folder.checkpoints):
+            resumed = checkpoint.read(self.folder.checkpoints, prompt=self.stream.prompt)
         started = await self._start()
         try:
             return await self._train(started, resumed, begun)
@@ -78,39 +83,19 @@ class Session:
             raise
 
     async def _train(self, started: Started, resumed: checkpoint.Checkpoint | None, begun: float) -> Outcome:
-        fleet, admission = (
-            started.fleet,
-            Admission(self.config.learner.groups, self.config.max_staleness, self.config.steps),
-        )
+        fleet = started.fleet
         records = Records(self.config, self.folder, self.watch, started.shape)
-        if resumed is not None:
-            records.cut_back(resumed.step)
-            self.stream.restore(resumed.driver["stream"])
-            admission.restore(resumed.driver["admission"])
-            incarnation = resumed.learner.snapshot.incarnation + 1
-            await fleet.get_all(
-                [rank.call("restore", resumed.learner, incarnation) for rank in fleet.learners], "restoring"
-            )
-        elif self.config.router.init:
-            start = load_router(Path(self.config.router.init), started.shape, self.config.router)
-            await fleet.get_all(
-                [rank.call("start_from", start.arrays) for rank in fleet.learners], "loading router.init"
-            )
-        elif count := self.config.router.calibration.prompts:
-            with self.console.status("looking at the experts' states"):
-                prompts = [self.stream.prompt(ordinal) for ordinal in range(count)]
-                arrays = fleet.learners[0].call("calibrate", *fleet.encode(prompts))
-                await fleet.get_all([rank.call("start_from", arrays) for rank in fleet.learners], "calibrating")
-        router = fleet.learners[0].call("snapshot")
+        records.cut_back(resumed.step if resumed else 0)
+        if resumed is None:
+            await self._start_router(started)
+        driver = await make_driver(self.config, fleet, self.stream, records, self.watch.note, resumed)
+        if resumed is None:
+            await driver.save()
+        again = driver.recovery.again
         evaluator = Evaluator(self.config, fleet, self.tasks)
         prompts = evaluator.prompts("test", self.config.evaluation.prompts)
-        before = await self._before(evaluator, records, prompts, router)
+        before = await again(lambda: self._before(evaluator, records, prompts, driver.learning.router))
         records.evaluator = evaluator
-        driver = Driver(self.config, fleet, self.stream, admission, records, router)
-        if resumed is not None:
-            driver.elapsed_s, driver.samples = resumed.driver["elapsed_s"], resumed.driver["samples"]
-        else:
-            await driver.save()
         self.watch.start(
             Plan(
                 name=self.config.run,
@@ -126,10 +111,23 @@ class Session:
         if driver.step < self.config.steps:
             self.console.print(f"stopped at step {driver.step} with a checkpoint; go on with --resume", highlight=False)
             return Outcome(INTERRUPTED, True)
-        after, attention = await self._after(evaluator, records, prompts, driver, before)
-        frozen = await self._frozen(started)
+        after, attention = await again(lambda: self._after(evaluator, records, prompts, driver, before))
+        frozen = await again(lambda: self._frozen(started))
         records.finish(driver, frozen, before, after, attention, time.perf_counter() - begun, started, self.console)
         return Outcome(0, False)
+
+    async def _start_router(self, started: Started) -> None:
+        """Where a fresh run's router starts: from a saved one, or from a look at the experts' states."""
+        fleet, router = started.fleet, self.config.router
+        if router.init:
+            arrays = load_router(Path(router.init), started.shape, router).arrays
+        elif router.calibration.prompts:
+            with self.console.status("looking at the experts' states"):
+                prompts = [self.stream.prompt(ordinal) for ordinal in range(router.calibration.prompts)]
+                arrays = await fleet.get(fleet.learners[0].call("calibrate", *fleet.encode(prompts)), "calibrating")
+        else:
+            return
+        await fleet.get_all([rank.call("start_from", arrays) for rank in fleet.learners], "starting the router")
 
     async def _before(self, evaluator: Evaluator, records: Records, prompts: list[Any], router: Any) -> Evaluation:
         """The untrained router and the frozen baselines; a resumed run has them in its log."""
@@ -145,11 +143,11 @@ class Session:
         self, evaluator: Evaluator, records: Records, prompts: list[Any], driver: Driver, before: Evaluation
     ) -> tuple[Evaluation, dict[str, float]]:
         with self.console.status("measuring the trained router"):
-            result, attention = await evaluator.router(prompts, driver.router)
+            result, attention = await evaluator.router(prompts, driver.learning.router)
             after = {
                 "router": result,
-                "shuffled_within_task": await evaluator.shuffled(prompts, driver.router, within_task=True),
-                "shuffled": await evaluator.shuffled(prompts, driver.router, within_task=False),
+                "shuffled_within_task": await evaluator.shuffled(prompts, driver.learning.router, within_task=True),
+                "shuffled": await evaluator.shuffled(prompts, driver.learning.router, within_task=False),
                 **baselines_of(before),
             }
         records.evaluation(driver.step, "after", after, attention)
@@ -171,6 +169,34 @@ class Session:
             }
             for handle, info, digest in zip(handles, before, hashes, strict=True)
         ]
+
+
+async def make_driver(
+    config: RunConfig,
+    fleet: Fleet,
+    stream: PromptStream,
+    sink: Sink,
+    note: Callable[[str], None],
+    resumed: checkpoint.Checkpoint | None = None,
+) -> Driver:
+    """A driver over a started fleet, at its beginning or where a checkpoint left it."""
+    p = config.pipeline
+    limits = Limits(p.open_groups, int(p.buffer_mb * 2**20), p.attempts)
+    admission = Admission(config.learner.groups, config.max_staleness, config.steps, limits)
+    if resumed is not None:
+        stream.restore(resumed.driver["stream"])
+        admission.restore(resumed.driver["admission"])
+        incarnation = resumed.learner.snapshot.incarnation + 1
+        restored = [rank.call("restore", resumed.learner, incarnation) for rank in fleet.learners]
+        await fleet.get_all(restored, "restoring the learner")
+    recovery = Recovery(fleet, p.max_restarts, note)
+    states = await fleet.get_all([rank.call("state") for rank in fleet.learners], "the learner's state")
+    learning = Learning(fleet, recovery, config.max_staleness, states[0])
+    driver = Driver(config, fleet, stream, admission, sink, recovery, learning)
+    if resumed is not None:
+        driver.resume_with(resumed.finished)
+        driver.elapsed_s, driver.samples = resumed.driver["elapsed_s"], resumed.driver["samples"]
+    return driver
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.run.fleet import Fleet, Inline
+from cluster.run.fleet import Fleet, Handle, Inline
 from cluster.run.preflight import model_path
 from cluster.run.recipe import Recipe
 from cluster.run.scoring import ScoringWorker
@@ -110,24 +110,29 @@ def start_inline(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Starte
 async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Started:
     """All workers as actors of a Ray cluster this process has joined; models load in parallel."""
     from cluster.run.actors import AsyncScoringWorker, LearnerActor, spawn
+    from cluster.run.faults import RayBackend
 
+    backend = RayBackend()
     experts = [spawn(r) for r in expert_recipes(config)]
     rollouts = [spawn(r) for r in rollout_recipes(config)]
     rewards = [
         spawn(Recipe(f"Reward({i})", AsyncScoringWorker, (dict(verifiers), config.rewards, i)), concurrency=16)
         for i in range(config.rewards.workers)
     ]
-    fleet = Fleet(experts, rollouts, rewards, [], config.ray.start_deadline_s)
+    fleet = Fleet(experts, rollouts, rewards, [], config.ray.start_deadline_s, backend)
     infos = await fleet.get_all([h.call("info") for h in [*experts, *rollouts]], "starting the experts and the policy")
     expert_infos, policy_info = infos[: len(experts)], infos[len(experts)]
     shape = shape_of(config, expert_infos, policy_info)
-    spec = learner_spec(config, shape)
-    c = config.learner
-    first = spawn(Recipe("Learner(rank 0)", LearnerActor, (spec,), c.cpus, c.gpus))
-    host, port = await fleet.get(first.call("rendezvous"), "placing the learner")
-    ranks = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (spec,), c.cpus, c.gpus)) for r in range(1, c.ranks)]
-    learners = [first, *ranks]
-    joins = [h.call("join", Rendezvous(rank, c.ranks, host, port)) for rank, h in enumerate(learners)]
-    attached = [r.call("attach", shape) for r in rollouts]
-    await fleet.get_all([*joins, *attached], "starting the learner")
-    return Started(Fleet(experts, rollouts, rewards, learners, config.ray.deadline_s), shape, expert_infos, policy_info)
+    spec, c = learner_spec(config, shape), config.learner
+    learners = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (spec,), c.cpus, c.gpus)) for r in range(c.ranks)]
+    attached = [r.start_with("attach", shape) for r in rollouts]
+    await fleet.get_all([join_ranks(fleet, learners), *attached], "starting the learner")
+    whole = Fleet(experts, rollouts, rewards, learners, config.ray.deadline_s, backend)
+    return Started(whole, shape, expert_infos, policy_info)
+
+
+async def join_ranks(fleet: Fleet, ranks: Sequence[Handle]) -> None:
+    """Builds a learner from its placed but still empty ranks: they meet where rank 0 is."""
+    host, port = await fleet.get(ranks[0].call("rendezvous"), "placing the learner")
+    joins = [h.call("join", Rendezvous(rank, len(ranks), host, port)) for rank, h in enumerate(ranks)]
+    await fleet.get_all(joins, "joining the learner's ranks")

@@ -26,7 +26,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
     folder.lock()
     try:
         folder.check(config, resume, overwrite)
-        if resume:
+        if resume and checkpoint.steps(folder.checkpoints):
             checkpoint.read(folder.checkpoints)
         tasks = build_tasks(config.data)
         for world in sorted(paths.worlds_named_by(config.models().values())):

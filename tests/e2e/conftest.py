@@ -41,6 +41,7 @@ class Runs:
                     "steps": 6,
                     "execution": "inline",
                     "threads": 1,
+                    "max_staleness": 0,
                     "data": {"tasks": [{"name": "digits", "plugin": "tests.plugins:Digits"}]},
                     "experts": [{"name": n, "model": str(models / n), "max_tokens": 32} for n in ("one", "two")],
                     "policy": {"model": str(models / "policy")},

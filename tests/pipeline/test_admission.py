@@ -83,15 +83,19 @@ def test_a_blameless_failure_counts_against_nobody() -> None:
     assert a.issue(2) == [0, 1]
 
 
-def test_a_prompt_that_failed_twice_in_company_runs_alone() -> None:
-    a = Admission(3, 0, 5)
+def test_a_prompt_that_failed_twice_in_company_runs_with_nothing_else_under_way() -> None:
+    a = Admission(3, 1, 5)
     for _ in range(2):
         a.fail(a.issue(3))
-    assert [a.issue(3), a.issue(3), a.issue(3)] == [[0], [1], [2]]
-    assert a.fail([1]) == [] and a.issue(3) == [1]
-    assert a.fail([1]) == [] and a.issue(3) == [1]
-    assert a.fail([1]) == [1]
-    assert a.dead == {1} and a.issue(3) == [3]
+    assert a.issue(3) == [0] and a.issue(3) == []
+    a.finish([0])
+    for _ in range(2):
+        assert a.issue(3) == [1] and a.fail([1]) == []
+    assert a.issue(3) == [1] and a.fail([1]) == [1]
+    assert a.dead == {1} and a.issue(3) == [2]
+    a.finish([2])
+    assert a.issue(3) == [3, 4, 5] and a.issue(1) == [6]
+    assert a.fail([6]) == [] and a.failures[6] == (1, 0), "others were under way: it may have been their fault"
 
 
 def test_a_lost_group_runs_again_under_the_present_version() -> None:

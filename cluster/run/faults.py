@@ -1,0 +1,127 @@
+"""What went wrong in a Ray call, and whose fault it was.
+
+A dead expert surfaces as an error of the rollout worker that waited for its features: an error is
+blamed on the actor found by walking its causes, not on the one that reported it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
+
+from cluster.run.fleet import Fault, Fleet, Handle, Reference, StuckError
+
+STACK_MARK = "most recent call first"
+STACK_WAIT_S = 5.0
+LOG_LINES = 40
+
+
+def answer_stack_requests() -> None:
+    """Makes this process write the stacks of its threads to its log on SIGUSR1, even when it hangs."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+class RayBackend:
+    """The backend of actors."""
+
+    errors: tuple[type[Exception], ...] = (RayError, StuckError)
+    survives = True
+
+    def fault(self, error: Exception, fleet: Fleet) -> Fault:
+        """See `Backend`."""
+        causes = list(_causes(error))
+        handles: dict[str, Handle] = {getattr(handle, "actor_id", ""): handle for handle in fleet.workers}
+        for cause in causes:
+            if isinstance(cause, RayActorError):
+                handle = handles.get(cause.actor_id or "")
+                return Fault("died", handle.name if handle else "", _line(cause), handle)
+        for cause in causes:
+            if isinstance(cause, (ObjectLostError, NodeDiedError)):
+                return Fault("lost", "", _line(cause))
+        if isinstance(error, StuckError):
+            return Fault("stuck", "", str(error))
+        task = next((cause for cause in reversed(causes) if isinstance(cause, RayTaskError)), None)
+        blamed = handles.get(getattr(task, "_actor_id", None) or "")
+        reason = causes[-1]
+        return Fault("raised", blamed.name if blamed else "", f"{type(reason).__name__}: {_line(reason)}", blamed)
+
+    def restart(self, handle: Any) -> None:
+        """See `Backend`."""
+        handle.restart()
+
+    def is_ready(self, reference: Reference) -> bool:
+        """See `Backend`."""
+        import ray
+
+        return bool(ray.wait([reference], timeout=0)[0])
+
+    def put(self, value: Any) -> Reference:
+        """See `Backend`."""
+        import ray
+
+        return ray.put(value)
+
+    def stack(self, handle: Any) -> str:
+        """See `Backend`; takes a few seconds."""
+        before = self.log_tail(handle).count(STACK_MARK)
+        if not _signal(handle, signal.SIGUSR1):
+            return ""
+        deadline = time.monotonic() + STACK_WAIT_S
+        while time.monotonic() < deadline:
+            log = self.log_tail(handle)
+            if log.count(STACK_MARK) > before or (STACK_MARK in log and before):
+                return log[max(log.rfind("Thread 0x", 0, log.rfind("Current thread")), 0) :]
+            time.sleep(0.1)
+        return ""
+
+    def log_tail(self, handle: Any) -> str:
+        """See `Backend`."""
+        from ray.util.state import get_log
+        from ray.util.state.exceptions import RayStateApiException
+
+        with contextlib.suppress(RayStateApiException, RayError, ConnectionError, TimeoutError):
+            return "".join(get_log(actor_id=handle.actor_id, suffix="err", tail=LOG_LINES, timeout=5)).strip()
+        return ""
+
+
+def _signal(handle: Any, number: int) -> bool:
+    """Sends a signal to an actor's process, on whatever node it is."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.state import get_actor
+    from ray.util.state.exceptions import RayStateApiException
+
+    try:
+        actor = get_actor(handle.actor_id, timeout=5)
+        if actor is None or not actor.pid:
+            return False
+        there = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
+        send = ray.remote(os.kill).options(num_cpus=0, scheduling_strategy=there)
+        ray.get(send.remote(actor.pid, number), timeout=STACK_WAIT_S)
+    except (RayStateApiException, RayError, ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what caused it, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        inner = getattr(current, "cause", None)
+        current = inner if isinstance(inner, BaseException) else current.__cause__
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,106 @@
+"""Brings a fleet back after a fault: workers are started again, and a run that cannot be helped ends with the cause."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from cluster.run.fleet import Fault, Fleet, Handle, Reference, StuckError
+
+T = TypeVar("T")
+Stage = tuple[Handle, Reference]
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the worker and the cause."""
+
+
+class Recovery:
+    """Restarts experts, rollout and reward workers.  The learner's ranks restart together: see the driver.
+
+    max_restarts: of one worker without a success in between; one more fault ends the run.
+    note: tells people what happened.
+    """
+
+    def __init__(self, fleet: Fleet, max_restarts: int, note: Callable[[str], None]) -> None:
+        self.fleet, self.max_restarts, self.note = fleet, max_restarts, note
+        self.restarts: Counter[str] = Counter()
+        self.recovery_s: dict[str, list[float]] = {}
+        self._in_a_row: Counter[str] = Counter()
+        self._ready: set[asyncio.Task[None]] = set()
+
+    def succeeded(self, handles: Sequence[Handle]) -> None:
+        """These workers have just answered."""
+        for handle in handles:
+            self._in_a_row.pop(handle.name, None)
+        self._in_a_row.pop("", None)
+
+    async def after(self, error: Exception, stages: Sequence[Stage] = ()) -> Fault:
+        """Says what went wrong and restarts the worker to blame, if it is dead or stuck.
+
+        Args:
+            stages: the workers and references of the failed call, in order: the first reference that is
+                not ready is where it is stuck.
+
+        Raises:
+            RunError: when the worker keeps failing.
+        """
+        fault = self.fleet.backend.fault(error, self.fleet)
+        if isinstance(error, StuckError):
+            fault = await self._stuck(fault, stages)
+        self._in_a_row[fault.worker] += 1
+        if self._in_a_row[fault.worker] > self.max_restarts:
+            raise RunError(await self._last_words(fault)) from error
+        if fault.kind in ("died", "stuck") and fault.who is not None and fault.who not in self.fleet.learners:
+            await self.restart(fault.who, fault)
+        elif fault.kind == "raised":
+            self.note(str(fault))
+        return fault
+
+    async def restart(self, handle: Handle, fault: Fault) -> None:
+        """A fresh process behind the same handle; calls may be sent at once and wait until it is up."""
+        began = time.perf_counter()
+        self.fleet.backend.restart(handle)
+        self.restarts[handle.name] += 1
+        self.note(f"{fault}; started again (restart {self.restarts[handle.name]})")
+        task = asyncio.create_task(self._time_until_ready(handle, began))
+        self._ready.add(task)
+        task.add_done_callback(self._ready.discard)
+        # Names and resources of the old process take a moment to be free.
+        await asyncio.sleep(0)
+
+    async def again(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Does something that needs the fleet until it succeeds: for evaluations, outside admission."""
+        while True:
+            try:
+                return await make()
+            except self.fleet.backend.errors as error:
+                fault = await self.after(error)
+                if fault.who in self.fleet.learners:
+                    raise
+
+    async def _time_until_ready(self, handle: Handle, began: float) -> None:
+        try:
+            await self.fleet.get(handle.call("ready"), f"starting {handle.name}")
+        except self.fleet.backend.errors:
+            return  # the next call to it fails the same way, and is dealt with there
+        kind = handle.name.partition("(")[0]
+        self.recovery_s.setdefault(kind, []).append(time.perf_counter() - began)
+
+    async def _stuck(self, fault: Fault, stages: Sequence[Stage]) -> Fault:
+        backend = self.fleet.backend
+        waiting = [handle for handle, reference in stages if not backend.is_ready(reference)]
+        if not waiting:
+            return fault
+        stack = await asyncio.to_thread(backend.stack, waiting[0])
+        where = f"; its stack:\n{stack}" if stack else ""
+        return Fault("stuck", waiting[0].name, f"{fault.detail}{where}", waiting[0])
+
+    async def _last_words(self, fault: Fault) -> str:
+        log = await asyncio.to_thread(self.fleet.backend.log_tail, fault.who) if fault.who else ""
+        tail = f"\nthe end of its log:\n{log}" if log else ""
+        times = f"{self._in_a_row[fault.worker]} times in a row"
+        return f"{fault.worker or 'a worker'} failed {times} and the run stops: {fault.kind}: {fault.detail}{tail}"
