@@ -85,6 +85,7 @@ class Session:
     async def _train(self, started: Started, resumed: checkpoint.Checkpoint | None, begun: float) -> Outcome:
         fleet = started.fleet
         records = Records(self.config, self.folder, self.watch, started.shape)
+        # A run that was killed before its first checkpoint starts anew, with what is left in its logs cut away.
         records.cut_back(resumed.step if resumed else 0)
         if resumed is None:
             await self._start_router(started)

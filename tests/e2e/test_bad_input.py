@@ -69,7 +69,10 @@ def test_a_resume_that_would_change_what_is_computed_is_refused(
     assert "sampling.temperature" in refused(
         capsys, monkeypatch, "train", str(runs.recipe), "sampling.temperature=0.5", "--resume"
     )
-    assert "no checkpoint" in refused(capsys, monkeypatch, "train", str(runs.recipe), "learner.ranks=1", "--resume")
+    broken = folder / "checkpoints" / "step-000004"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text('{"step": 4, "files": {"router.safetensors": ""}}')
+    assert "is missing or damaged" in refused(capsys, monkeypatch, "train", str(runs.recipe), "--resume")
 
 
 def test_a_full_disk_is_refused(
