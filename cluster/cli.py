@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib.metadata import version
@@ -10,9 +11,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.run.environment import PROCESS_ENVIRONMENT
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO}
 
 console = Console()
 errors = Console(stderr=True)
@@ -156,20 +160,35 @@ def main() -> None:
         os.environ.setdefault(name, value)
     try:
         app()
-    except (ValueError, OSError) as error:
-        if not _is_users(error):
+    except ValueError as error:
+        if not _is_own(error):
             raise
         errors.print(f"[bold red]error:[/] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if not _is_own(error):
+            raise
+        errors.print(f"[bold red]the run stopped:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        place = error.filename or "the run's folder"
+        errors.print(
+            f"[bold red]the run stopped:[/] {place} cannot be written: {error.strerror}; put that right and go on "
+            "with --resume, the last checkpoint is whole",
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         errors.print("interrupted before training began; nothing was lost", highlight=False)
         sys.exit(130)
 
 
-def _is_users(error: Exception) -> bool:
+def _is_own(error: Exception) -> bool:
     """Errors of our own that name a remedy; anything else is a bug and keeps its traceback."""
-    own = ("experts", "rollout", "rewards", "learner", "cluster")
-    return isinstance(error, ValueError) and type(error).__module__.split(".")[0] in own
+    return type(error).__module__.split(".")[0] in ("experts", "rollout", "rewards", "learner", "cluster")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class Fault:
 
     kind: `died` = the worker's process is gone, `lost` = a result is gone with the node that held it,
         `stuck` = no answer in time, `raised` = the worker's code raised.
-    worker: name of the worker to blame, if that is known; `who` its handle, as long as it is still that one.
+    worker: name of the worker to blame, if that is known; `who` its handle, unless the process that failed
+        has been replaced since.
     """
 
     kind: Literal["died", "lost", "stuck", "raised"]

@@ -90,12 +90,18 @@ class Learning:
     async def _rebuild(self, fault: Fault) -> None:
         """Fresh ranks that go on from the last update; a new incarnation tells their routers apart."""
         began = time.perf_counter()
-        for rank in self.fleet.learners:
-            self.fleet.backend.restart(rank)
-        await join_ranks(self.fleet, self.fleet.learners)
-        state = self.fleet.backend.put(self._kept)
-        restored = [r.call("restore", state, self._kept.snapshot.incarnation + 1) for r in self.fleet.learners]
-        await self.fleet.get_all(restored, "restoring the learner")
+        while True:
+            for rank in self.fleet.learners:
+                self.fleet.backend.restart(rank)
+            try:
+                await join_ranks(self.fleet, self.fleet.learners)
+                state = self.fleet.backend.put(self._kept)
+                restored = [r.call("restore", state, self._kept.snapshot.incarnation + 1) for r in self.fleet.learners]
+                await self.fleet.get_all(restored, "restoring the learner")
+                break
+            except self.fleet.backend.errors as error:
+                fault = await self.recovery.after(error)
+                self.recovery.note(f"{fault}; the learner starts again")
         # Published routers may have been lost with the learner's node.
         self.router = self.fleet.backend.put(self._kept.snapshot)
         took = time.perf_counter() - began

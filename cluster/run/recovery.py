@@ -51,6 +51,8 @@ class Recovery:
         fault = self.fleet.backend.fault(error, self.fleet)
         if isinstance(error, StuckError):
             fault = await self._stuck(fault, stages)
+        if fault.kind == "died" and fault.who is None:
+            return fault  # one death fails every call under way: the first of them has started the worker again
         self._in_a_row[fault.worker] += 1
         if self._in_a_row[fault.worker] > self.max_restarts:
             raise RunError(await self._last_words(fault)) from error

@@ -1,0 +1,95 @@
+"""The real driver over no-op engines: overlap, bounds, deaths, hangs, poison, filtering."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.run.recovery import RunError
+from tests.pipeline.fake_fleet import Stage, World, config
+
+
+def assert_whole(stage: Stage, steps: int = 20, groups: int = 6) -> None:
+    """Every prompt ended once, every update has its groups, the bound holds."""
+    a = stage.admission
+    assert [record["step"] for record in stage.notes.steps] == list(range(1, steps + 1))
+    ordinals = [ordinal for record in stage.notes.steps for ordinal in record["ordinals"]]
+    assert len(ordinals) == len(set(ordinals)) == steps * groups
+    assert a.trained == set(ordinals)
+    assert a.trained | a.filtered | a.dead == set(range(a.next_ordinal))
+    assert not a.running and not a.retry and not a.finished
+    assert max(record["staleness/max"] for record in stage.notes.steps) <= stage.config.max_staleness
+    assert {ordinal for _, ordinal in stage.world.trained} == set(ordinals), "an update was lost or repeated"
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("per_call", [1, 4, 6])
+def test_it_trains_every_prompt_once_within_the_bound(staleness: int, per_call: int) -> None:
+    stage = Stage(config(max_staleness=staleness, pipeline={"prompts_per_call": per_call}), World())
+    stage.run()
+    assert_whole(stage)
+    assert [step for step, *_ in stage.notes.checkpoints] == [4, 8, 12, 16, 20]
+    if staleness:
+        assert max(record["staleness/max"] for record in stage.notes.steps) > 0, "nothing ran ahead"
+
+
+@pytest.mark.parametrize("name", ["Expert(0)", "Rollout(1)", "Reward(0)", "Learner(0)"])
+def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(name: str) -> None:
+    stage = Stage(config(max_staleness=2), World())
+    stage.worker(name).deaths = 3
+    stage.run()
+    assert_whole(stage)
+    assert sum(name in note for note in stage.notes.notes) >= 3
+    assert not stage.notes.deaths
+    kept = stage.notes.checkpoints[-1][2]
+    assert kept.snapshot.version == kept.optimizer.steps == 20
+    assert (kept.snapshot.incarnation > 0) == (name == "Learner(0)")
+
+
+def test_a_worker_that_hangs_is_named_with_its_stack_and_started_again() -> None:
+    stage = Stage(config(max_staleness=1, ray={"deadline_s": 0.5}), World())
+    stage.worker("Rollout(1)").hangs = 1
+    stage.run()
+    assert_whole(stage)
+    note = next(note for note in stage.notes.notes if "stuck" in note)
+    assert note.startswith("Rollout(1) stuck") and "0.5 s" in note and "stack of Rollout(1)" in note
+
+
+def test_a_poisonous_prompt_ends_as_a_dead_letter_and_spares_the_others() -> None:
+    stage = Stage(config(max_staleness=1, pipeline={"max_restarts": 50}), World())
+    for index in range(3):
+        stage.worker(f"Rollout({index})").die_on = {7}
+    stage.run()
+    assert_whole(stage)
+    assert [ordinal for ordinal, _ in stage.notes.deaths] == [7]
+    assert stage.notes.deaths[0][1].worker.startswith("Rollout(")
+    assert stage.admission.dead == {7}
+
+
+@pytest.mark.parametrize("name", ["Expert(0)", "Learner(0)"])
+def test_a_worker_that_keeps_dying_stops_the_run_with_its_name_log_and_a_checkpoint(name: str) -> None:
+    stage = Stage(config(pipeline={"max_restarts": 2, "attempts": 100}), World())
+    stage.worker(name).deaths = 10**6
+    with pytest.raises(RunError, match=r"failed 3 times in a row") as stopped:
+        stage.run()
+    assert name in str(stopped.value) and f"log of {name}" in str(stopped.value)
+    assert stage.notes.checkpoints[-1][0] == stage.admission.version
+
+
+def test_groups_without_signal_end_as_filtered_and_are_replaced() -> None:
+    stage = Stage(config(max_staleness=1, algorithm={"kind": "dapo"}), World(no_signal=0.5))
+    stage.run()
+    assert_whole(stage)
+    assert len(stage.admission.filtered) > 20
+    assert sum(record["groups/filtered"] for record in stage.notes.steps) <= len(stage.admission.filtered)
+    assert all(record["groups/no_signal"] == 0 for record in stage.notes.steps)
+
+
+def test_a_full_disk_ends_the_run_with_the_cause() -> None:
+    stage = Stage(config(), World())
+
+    def full(record: object) -> None:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    stage.notes.step = full  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"No space left on device: 'metrics\.jsonl'"):
+        stage.run()
