@@ -1,7 +1,14 @@
-"""A task that random models can learn in seconds: answer with digits."""
+"""A task that random models can learn in seconds, answer with digits, and a router that hangs."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from experts.router import Perceiver, RouterOutput
 from rewards.config import DataConfig, TaskConfig
 from rollout.types import Prompt
 
@@ -28,3 +35,16 @@ class Digits:
     def score(self, completion: str, prompt: Prompt) -> float:
         """Share of digits."""
         return sum(c.isdigit() for c in completion) / max(len(completion), 1)
+
+
+class SleepyRouter(Perceiver):
+    """Hangs once, in whatever process comes first, when the file named in SLEEPY_FLAG appears."""
+
+    def forward(self, features: Sequence[Tensor], visible: Tensor) -> RouterOutput:
+        """See `Perceiver`."""
+        try:
+            os.unlink(os.environ["SLEEPY_FLAG"])
+        except OSError:
+            return super().forward(features, visible)
+        time.sleep(3600)
+        raise AssertionError("slept through")

@@ -18,8 +18,10 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayErr
 
 from cluster.run.fleet import Fault, Fleet, Handle, Reference, StuckError
 
-STACK_MARK = "most recent call first"
+STACK_MARK = "Current thread"  # the one that took the signal: an actor's main thread, which runs its methods
+STACK_LINES = 1000
 STACK_WAIT_S = 5.0
+LONGEST_S = 30.0  # until a process to send a signal has started
 LOG_LINES = 40
 
 
@@ -70,25 +72,34 @@ class RayBackend:
 
     def stack(self, handle: Any) -> str:
         """See `Backend`; takes a few seconds."""
-        before = self.log_tail(handle).count(STACK_MARK)
+        before = _log(handle, STACK_LINES).count(STACK_MARK)
         if not _signal(handle, signal.SIGUSR1):
             return ""
         deadline = time.monotonic() + STACK_WAIT_S
         while time.monotonic() < deadline:
-            log = self.log_tail(handle)
-            if log.count(STACK_MARK) > before or (STACK_MARK in log and before):
-                return log[max(log.rfind("Thread 0x", 0, log.rfind("Current thread")), 0) :]
+            log = _log(handle, STACK_LINES)
+            if log.count(STACK_MARK) > before:
+                return log[log.rfind(STACK_MARK) :]
             time.sleep(0.1)
         return ""
 
     def log_tail(self, handle: Any) -> str:
         """See `Backend`."""
-        from ray.util.state import get_log
-        from ray.util.state.exceptions import RayStateApiException
+        return _log(handle, LOG_LINES)
 
-        with contextlib.suppress(RayStateApiException, RayError, ConnectionError, TimeoutError):
-            return "".join(get_log(actor_id=handle.actor_id, suffix="err", tail=LOG_LINES, timeout=5)).strip()
-        return ""
+
+def _log(handle: Any, lines: int) -> str:
+    """The end of an actor's error log, from whatever node it is on."""
+    from ray.util.state import get_log
+    from ray.util.state.exception import RayStateApiException
+
+    with contextlib.suppress(RayStateApiException, RayError, OSError):
+        return "".join(get_log(actor_id=handle.actor_id, suffix="err", tail=lines, timeout=5)).strip()
+    return ""
+
+
+def _kill(pid: int, number: int) -> None:
+    os.kill(pid, number)
 
 
 def _signal(handle: Any, number: int) -> bool:
@@ -96,16 +107,16 @@ def _signal(handle: Any, number: int) -> bool:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     from ray.util.state import get_actor
-    from ray.util.state.exceptions import RayStateApiException
+    from ray.util.state.exception import RayStateApiException
 
     try:
         actor = get_actor(handle.actor_id, timeout=5)
         if actor is None or not actor.pid:
             return False
         there = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
-        send = ray.remote(os.kill).options(num_cpus=0, scheduling_strategy=there)
-        ray.get(send.remote(actor.pid, number), timeout=STACK_WAIT_S)
-    except (RayStateApiException, RayError, ConnectionError, TimeoutError):
+        send = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there)
+        ray.get(send.remote(actor.pid, number), timeout=LONGEST_S)
+    except (RayStateApiException, RayError, OSError):
         return False
     return True
 

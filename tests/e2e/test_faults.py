@@ -116,6 +116,23 @@ def test_a_run_survives_the_death_of_an_expert_and_of_the_learner(runs: Runs) ->
 
 
 @pytest.mark.slow
+def test_a_worker_that_hangs_is_named_with_its_stack_and_started_again(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = runs.folder / "flag"
+    monkeypatch.setenv("SLEEPY_FLAG", str(flag))
+    arguments = ("steps=40", "ray.dashboard_port=8295", "ray.deadline_s=20", "router.kind=tests.plugins:SleepyRouter")
+    with running(runs, *arguments) as child:
+        wait_for("step 3", lambda: steps(runs) >= 3, child, runs)
+        flag.touch()
+        assert child.wait(DEADLINE_S) == 0, (runs.folder / "output.txt").read_text()[-3000:]
+    assert_whole(runs, 40)
+    output = (runs.folder / "output.txt").read_text()
+    assert "stuck: " in output and "within 20 s" in output
+    assert "plugins.py" in output and "in forward" in output, "the stack of the process that hangs is not shown"
+
+
+@pytest.mark.slow
 def test_chaos_ten_workers_and_the_driver_are_killed(runs: Runs) -> None:
     rng = random.Random(1)
     victims = [kind for kind in KINDS for _ in range(2)] + rng.choices(list(KINDS), k=2)
