@@ -40,7 +40,8 @@ class RayBackend:
         """See `Backend`."""
         causes = list(_causes(error))
         handles: dict[str, Handle] = {getattr(handle, "actor_id", ""): handle for handle in fleet.workers}
-        for cause in causes:
+        # Ray wraps a death in an error that is a task's and the actor's at once: the innermost says what happened.
+        for cause in reversed(causes):
             if isinstance(cause, RayActorError):
                 handle = handles.get(cause.actor_id or "")
                 return Fault("died", handle.name if handle else "", _line(cause), handle)

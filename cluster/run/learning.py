@@ -7,8 +7,9 @@ the step in progress.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from cluster.run.fleet import Fault, Fleet, Reference
 from cluster.run.recovery import Recovery
@@ -16,6 +17,8 @@ from cluster.run.start import join_ranks
 from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
 from learner.learner import LearnerState, UpdateResult
+
+T = TypeVar("T")
 
 
 class LostGroupsError(RuntimeError):
@@ -59,12 +62,22 @@ class Learning:
                     raise LostGroupsError(fault) from error
                 if fault.kind == "raised" and not await self._a_rank_is_gone():
                     raise
-                await self._rebuild(fault)
+                await self.rebuild(fault)
                 continue
             self.recovery.succeeded(ranks)
             self.router = router
             self._keep(snapshot, optimizer)
             return results
+
+    async def again(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Does something outside training that needs the fleet, until it succeeds: evaluations, the last hashes."""
+        while True:
+            try:
+                return await make()
+            except self.fleet.backend.errors as error:
+                fault = await self.recovery.after(error)
+                if fault.who in self.fleet.learners:
+                    await self.rebuild(fault)
 
     async def state(self) -> LearnerState:
         """Everything a checkpoint needs of the learner."""
@@ -87,7 +100,7 @@ class Learning:
                 return True
         return False
 
-    async def _rebuild(self, fault: Fault) -> None:
+    async def rebuild(self, fault: Fault) -> None:
         """Fresh ranks that go on from the last update; a new incarnation tells their routers apart."""
         began = time.perf_counter()
         while True:
@@ -107,5 +120,5 @@ class Learning:
         took = time.perf_counter() - began
         self.recovery.restarts["Learner"] += 1
         self.recovery.recovery_s.setdefault("Learner", []).append(took)
-        step = self._kept.snapshot.version + 1
-        self.recovery.note(f"{fault}; the learner was built again and repeats step {step} ({took:.1f} s)")
+        step = self._kept.snapshot.version
+        self.recovery.note(f"{fault}; the learner was built again after step {step} ({took:.1f} s)")

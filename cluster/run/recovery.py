@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 from cluster.run.fleet import Fault, Fleet, Handle, Reference, StuckError
 
-T = TypeVar("T")
 Stage = tuple[Handle, Reference]
 
 
@@ -73,16 +71,6 @@ class Recovery:
         task.add_done_callback(self._ready.discard)
         # Names and resources of the old process take a moment to be free.
         await asyncio.sleep(0)
-
-    async def again(self, make: Callable[[], Awaitable[T]]) -> T:
-        """Does something that needs the fleet until it succeeds: for evaluations, outside admission."""
-        while True:
-            try:
-                return await make()
-            except self.fleet.backend.errors as error:
-                fault = await self.after(error)
-                if fault.who in self.fleet.learners:
-                    raise
 
     async def _time_until_ready(self, handle: Handle, began: float) -> None:
         try:

@@ -23,7 +23,7 @@ from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder
 from cluster.run.learning import Learning
 from cluster.run.records import Records, baselines_of
-from cluster.run.recovery import Recovery
+from cluster.run.recovery import Recovery, RunError
 from cluster.run.start import Started, start_inline, start_on_ray
 from cluster.watch.live import Plan, Watch, make_watch
 from experts.state import load_router
@@ -58,6 +58,10 @@ class Session:
         started = await self._start()
         try:
             return await self._train(started, resumed, begun)
+        except started.fleet.backend.errors as error:
+            # While training, faults are dealt with; before it there is nothing to lose yet.
+            fault = started.fleet.backend.fault(error, started.fleet)
+            raise RunError(f"{fault}; start it again, with --resume if it had a checkpoint") from error
         finally:
             self.watch.stop()
             started.fleet.close()
@@ -92,7 +96,7 @@ class Session:
         driver = await make_driver(self.config, fleet, self.stream, records, self.watch.note, resumed)
         if resumed is None:
             await driver.save()
-        again = driver.recovery.again
+        again = driver.learning.again
         evaluator = Evaluator(self.config, fleet, self.tasks)
         prompts = evaluator.prompts("test", self.config.evaluation.prompts)
         before = await again(lambda: self._before(evaluator, records, prompts, driver.learning.router))
