@@ -13,7 +13,7 @@ from learner.losses import Denominators
 from rollout.sequence import CompletionBatch
 from rollout.types import FinishReason, Group, RewardStatus
 
-LONGEST_TO_SHORTEST = 1.5
+WORTH_A_PASS = 1024  # padded tokens that cost about as much as the fixed costs of another pass
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def global_denominators(groups: Sequence[Group], constant_length: int | None) ->
 def micro_batches(groups: Sequence[Group], slots: int, limit: int) -> Iterator[list[int]]:
     """Indices of whole groups, shortest prompts first, that the frozen policy sees together.
 
-    A micro-batch stays within `limit` padded tokens (one group at least) and holds no prompt more
-    than half as long again as its shortest: padding costs as much as text.
+    A micro-batch stays within `limit` padded tokens (one group at least), and a new one starts before
+    padding costs more than another pass would.
     """
     chosen: list[int] = []
     for index in sorted(range(len(groups)), key=lambda i: len(groups[i].prompt_tokens)):
         with_this = [*chosen, index]
-        shortest, longest = (len(groups[i].prompt_tokens) for i in (with_this[0], index))
-        if chosen and (_padded(groups, with_this, slots) > limit or longest > LONGEST_TO_SHORTEST * shortest + slots):
+        padded = _padded(groups, with_this, slots)
+        if chosen and (padded > limit or padded - _real(groups, with_this, slots) > WORTH_A_PASS):
             yield chosen
             with_this = [index]
         chosen = with_this
@@ -64,6 +64,12 @@ def _padded(groups: Sequence[Group], indices: Sequence[int], slots: int) -> int:
     prompt = max(len(groups[i].prompt_tokens) for i in indices) + slots
     completion = max(len(c.tokens) for i in indices for c in groups[i].completions)
     return sum(prompt + completion * len(groups[i].completions) for i in indices)
+
+
+def _real(groups: Sequence[Group], indices: Sequence[int], slots: int) -> int:
+    return sum(
+        slots + len(groups[i].prompt_tokens) + sum(len(c.tokens) for c in groups[i].completions) for i in indices
+    )
 
 
 def targets(groups: Sequence[Group], completions: CompletionBatch) -> Targets:

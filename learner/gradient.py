@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experts.loading import FrozenModel
+from learner.advantages import has_signal
 from learner.algorithms import GRPO, LossTerms, TokenBatch
 from learner.batch import micro_batches, targets
 from learner.logprobs import TokenStatistics, completion_logprobs
@@ -54,7 +55,9 @@ class PrefixGradient:
     """Runs the frozen policy forwards and backwards for the groups of one rank.
 
     Args:
-        reference: which policy the KL term compares with: `no_prefix`, `initial_router` or `none`.
+        reference: which policy the KL is measured against: `no_prefix`, `initial_router` or `none`.
+        penalised: whether the KL is in the loss.  If not, groups without signal add exactly nothing to the
+            gradient: they are not computed, and the metrics leave them out.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class PrefixGradient:
         position: PrefixPosition,
         microbatch_tokens: int,
         reference: str = "no_prefix",
+        penalised: bool = True,
     ) -> None:
         self.policy, self.algorithm, self.position = policy, algorithm, position
         self.microbatch_tokens, self.reference = microbatch_tokens, reference
+        self.penalised = penalised and reference != "none"
 
     def __call__(
         self,
@@ -75,6 +80,7 @@ class PrefixGradient:
         old_prefix: Prefix | None,
         initial_prefix: Prefix | None,
         denominators: Denominators,
+        measure_kl: bool = True,
     ) -> tuple[Prefix, Sums]:
         """The gradient of these groups' share of the loss, and their metrics.
 
@@ -82,13 +88,17 @@ class PrefixGradient:
             prefix: of the router being trained; its graph is not touched.
             old_prefix: of the routers that sampled the groups, or None where that is the same router.
             initial_prefix: of the router before training, when it is the KL reference.
+            measure_kl: also when it is not in the loss.
         """
+        reference = self.reference if self.penalised or measure_kl else "none"
         gradient, sums = torch.zeros_like(prefix), Sums()
-        for rows in micro_batches(groups, prefix.shape[1], self.microbatch_tokens):
+        wanted = [i for i, group in enumerate(groups) if self.penalised or _has_signal(group)]
+        for batch in micro_batches([groups[i] for i in wanted], prefix.shape[1], self.microbatch_tokens):
+            rows = [wanted[i] for i in batch]
             leaf = prefix[rows].detach().requires_grad_(True)
             old = None if old_prefix is None else old_prefix[rows]
             initial = None if initial_prefix is None else initial_prefix[rows]
-            loss = self._loss([groups[i] for i in rows], leaf, old, initial, denominators, sums)
+            loss = self._loss([groups[i] for i in rows], leaf, old, initial, reference, denominators, sums)
             if loss.requires_grad:
                 loss.backward()
             if leaf.grad is not None:
@@ -101,6 +111,7 @@ class PrefixGradient:
         leaf: Prefix,
         old_prefix: Prefix | None,
         initial: Prefix | None,
+        against: str,
         denominators: Denominators,
         sums: Sums,
     ) -> Tensor:
@@ -111,9 +122,9 @@ class PrefixGradient:
             if old_prefix is not None:
                 old = self._statistics(groups, old_prefix, slots, temperature)[0].logprobs
             reference = None
-            if self.reference == "no_prefix":
+            if against == "no_prefix":
                 reference = self._statistics(groups, None, 0, temperature)[0].logprobs
-            elif self.reference == "initial_router":
+            elif against == "initial_router":
                 reference = self._statistics(groups, initial, slots, temperature)[0].logprobs
         target = targets(groups, completions)
         batch = TokenBatch(statistics.logprobs, old, target.sampler, reference, target.rewards, target.ok, target.valid)
@@ -130,6 +141,10 @@ class PrefixGradient:
         return completion_logprobs(self.policy, prompts, prefix, completions, temperature), completions
 
 
+def _has_signal(group: Group) -> bool:
+    return has_signal([score.reward for score in group.scores], [score.status for score in group.scores])
+
+
 def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: LossTerms) -> None:
     valid = batch.valid
     mismatch = torch.where(valid, (batch.old - batch.sampler).abs(), 0.0)
@@ -138,7 +153,6 @@ def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: Lo
         loss=terms.loss.item(),
         tokens=valid.sum().item(),
         completions=valid.any(dim=1).sum().item(),
-        kl=torch.where(valid, terms.kl, 0.0).sum().item(),
         entropy=torch.where(valid, statistics.entropy, 0.0).sum().item(),
         clipped=terms.clipped.sum().item(),
         clipped_completions=terms.clipped.any(dim=1).sum().item(),
@@ -147,3 +161,5 @@ def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: Lo
         mismatch=mismatch.sum().item(),
         ratio=torch.where(valid, terms.ratio, 0.0).sum().item(),
     )
+    if batch.reference is not None:
+        sums.add(kl=torch.where(valid, terms.kl, 0.0).sum().item())

@@ -38,6 +38,7 @@ from rollout.types import Group, Rollout
 
 SKETCH_TOLERANCE = 1e-3
 ROUNDING = 2e-6
+KL_EVERY = 10  # updates between looks at a KL that is not in the loss
 
 
 class LearnerError(RuntimeError):
@@ -100,7 +101,8 @@ class LearnerRank:
             build_algorithm(spec.algorithm),
             spec.router.prefix.position,
             spec.learner.microbatch_tokens,
-            spec.algorithm.kl.reference if spec.algorithm.kl.coefficient else "none",
+            spec.algorithm.kl.reference,
+            penalised=spec.algorithm.kl.coefficient > 0,
         )
         self.version, self.incarnation = 0, 0
         # A replay on other ranks or threads rebuilds routers to the last bits only; the prefix is checked all the same.
@@ -191,12 +193,12 @@ class LearnerRank:
         stacked = stack_features(features, device)
         visible = torch.from_numpy(np.stack([g.draws.expert_mask for g in groups])).to(device)
         prefix = self.engine(stacked, visible).prefix
+        measure_kl = self.gradient.penalised or self.version % KL_EVERY == 0
         with torch.no_grad():
             old = self._old_prefix(groups, stacked, visible, prefix)
-            initial = (
-                self._run_old(self.initial, stacked, visible) if self.gradient.reference == "initial_router" else None
-            )
-        gradient, sums = self.gradient(groups, prefix.detach(), old, initial, denominators)
+            wants_initial = measure_kl and self.gradient.reference == "initial_router"
+            initial = self._run_old(self.initial, stacked, visible) if wants_initial else None
+        gradient, sums = self.gradient(groups, prefix.detach(), old, initial, denominators, measure_kl)
         self.engine.backward(prefix, gradient)
         return sums
 

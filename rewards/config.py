@@ -109,8 +109,8 @@ class RewardsConfig(BaseModel):
     binary_at: when set, a score of at least this counts as 1 and anything less as 0.
     timeout_s: limit for scoring ONE completion; past it the verifier's process is killed and the
         completion is masked, never scored zero.
-    masked_limit: a run stops, naming the verifier, when a task's share of masked completions stays
-        above this over a hundred steps.
+    masked_limit: a run stops, naming the verifier, when a task's share of masked completions is above
+        this over its last groups (50 at least, 200 at most).
     """
 
     model_config = FROZEN

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Pipe
 
@@ -15,6 +16,8 @@ from rewards.child import READY, Item, Verdict, unpack
 from rewards.verify import RewardsError, Verifier
 from rollout.types import RewardStatus, Score
 
+LATE_IN_A_ROW = 3
+NOT_TRIED = f"not scored: the task's verifier gave no verdict {LATE_IN_A_ROW} times in a row"
 START_S = 180.0  # a cold import of a large verifier library on a loaded machine stays well below this
 
 
@@ -50,21 +53,32 @@ class ScoringProcess:
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One score per item, in order; see `Item` for what an item is.
 
+        A verifier that is late three times in a row is not asked again in this call: mute on one answer, it may
+        be mute on all, and everything else would wait.
+
         Raises:
             RewardsError: when a new process that is needed after a time-out does not start.
         """
-        scores: list[Score] = []
+        scores: dict[int, Score] = {}
+        waiting = list(range(len(items)))
+        late: Counter[str] = Counter()
         idle_deaths = 0
-        while len(scores) < len(items):
-            answered = self._score_until_restart(items[len(scores) :])
+        while waiting:
+            answered = self._score_until_restart([items[i] for i in waiting])
             idle_deaths = 0 if answered else idle_deaths + 1
             if idle_deaths > 1:
                 raise RewardsError(
                     f"the process that scores {self._names} ends before it starts on a completion; "
                     "its standard error says why (can it import what the prompts' payloads hold?)"
                 )
-            scores += answered
-        return scores
+            for i, score in zip(waiting, answered, strict=False):
+                scores[i], task = score, items[i][0]
+                late[task] = late[task] + 1 if score.status is RewardStatus.TIMEOUT else 0
+            waiting = waiting[len(answered) :]
+            hopeless = {task for task, count in late.items() if count >= LATE_IN_A_ROW}
+            scores |= {i: _masked(RewardStatus.TIMEOUT, NOT_TRIED) for i in waiting if items[i][0] in hopeless}
+            waiting = [i for i in waiting if i not in scores]
+        return [scores[i] for i in range(len(items))]
 
     def close(self) -> None:
         """End the process and whatever it has started; may be called twice."""

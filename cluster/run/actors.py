@@ -80,12 +80,13 @@ class RayHandle:
     """An actor, or its successor after `restart`: calls always go to the one that lives.
 
     setup: calls that every fresh process needs before any other, in order.
+    replaced: ids of the processes before this one.
     """
 
     recipe: Recipe
     concurrency: int = 1
     setup: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
-    generation: int = 0
+    replaced: list[str] = field(default_factory=list)
     actor: Any = None
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class RayHandle:
         import ray
 
         ray.kill(self.actor, no_restart=True)
-        self.generation += 1
+        self.replaced.append(self.actor_id)
         self.actor = _create(self)
         for method, args in self.setup:
             self.call(method, *args)
@@ -133,7 +134,7 @@ def _create(handle: RayHandle) -> Any:
     recipe = handle.recipe
     options: dict[str, Any] = {
         # The name of a process that has just ended may still be taken.
-        "name": recipe.name + (f" #{handle.generation}" if handle.generation else ""),
+        "name": recipe.name + (f" #{len(handle.replaced)}" if handle.replaced else ""),
         "num_cpus": recipe.cpus,
         "num_gpus": recipe.gpus,
         "max_restarts": 0,

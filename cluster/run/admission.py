@@ -104,6 +104,12 @@ class Admission:
                 break
         return ordinals
 
+    def upcoming(self, count: int) -> range:
+        """What `issue(count)` would start next if there were room for all of it; empty at the end of the run."""
+        if self.retry or (self.updates - self.version) * self.groups_per_update <= self.open:
+            return range(0)
+        return range(self.next_ordinal, self.next_ordinal + count)
+
     def finish(self, ordinals: Iterable[int], sizes: Mapping[int, int] | None = None) -> None:
         """These prompts' groups are scored; `sizes` are their bytes."""
         for ordinal in ordinals:

@@ -17,14 +17,15 @@ from cluster.config import RunConfig
 from cluster.run.admission import Admission
 from cluster.run.fleet import Fault, Fleet, Handle, Reference
 from cluster.run.learning import Learning, LostGroupsError
+from cluster.run.masking import MaskedShare
 from cluster.run.metrics import PipelineState, StepTimes, step_metrics
-from cluster.run.recovery import Recovery, Stage
+from cluster.run.recovery import Recovery, RunError, Stage
 from cluster.run.scoring import GroupReport, WaveReport, wave_report
 from learner.advantages import has_signal
 from learner.gradient import Sums
 from learner.learner import LearnerState
 from rewards.stream import PromptStream
-from rollout.types import Group, Rollout, Sampling
+from rollout.types import Group, Prompt, Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Wave:
     rollout: Reference
     features: list[Reference]
     report: WaveReport
+
+
+@dataclass(frozen=True)
+class Features:
+    """Every expert's features of some prompts."""
+
+    prompts: list[Prompt]
+    experts: list[Reference]
 
 
 class Sink(Protocol):
@@ -72,9 +81,10 @@ class Driver:
         sink: Sink,
         recovery: Recovery,
         learning: Learning,
+        masked: MaskedShare,
     ) -> None:
         self.config, self.fleet, self.stream, self.admission, self.sink = config, fleet, stream, admission, sink
-        self.recovery, self.learning = recovery, learning
+        self.recovery, self.learning, self.masked = recovery, learning, masked
         self.stop = asyncio.Event()
         self._wake: asyncio.Future[None] | None = None
         self.elapsed_s, self.samples = 0.0, 0
@@ -82,6 +92,7 @@ class Driver:
         self._fresh: list[WaveReport] = []
         self._filtered = 0
         self._load: Counter[str] = Counter()
+        self._ahead: dict[int, Features] = {}
         self._changed = asyncio.Condition()
         self._writing: asyncio.Task[None] | None = None
         sampling = config.sampling
@@ -148,6 +159,8 @@ class Driver:
             wave = await self._through(ordinals, stages)
         except self.fleet.backend.errors as error:
             fault = await self.recovery.after(error, stages)
+            if fault.kind == "lost":
+                self.learning.publish()
             async with self._changed:
                 for ordinal in self.admission.fail(ordinals, blameless=fault.kind == "lost"):
                     self.sink.dead(ordinal, self.stream.prompt(ordinal).task, fault)
@@ -155,6 +168,7 @@ class Driver:
             return
         self.recovery.succeeded([handle for handle, _ in stages])
         self._fresh.append(wave.report)
+        self.masked.observe(wave.report.groups)
         async with self._changed:
             self._waves.update(dict.fromkeys(ordinals, wave))
             self.admission.finish(ordinals, {group.ordinal: group.bytes for group in wave.report.groups})
@@ -164,18 +178,34 @@ class Driver:
 
     async def _through(self, ordinals: list[int], stages: list[Stage]) -> Wave:
         prompts = [self.stream.prompt(ordinal) for ordinal in ordinals]
-        features = self.fleet.encode(prompts)
+        features = self._encode(prompts)
         stages += zip(self.fleet.experts, features, strict=True)
         policy, verifier = self._idlest(self.fleet.rollouts), self._idlest(self.fleet.rewards)
         self._load.update([policy.name, verifier.name])
         try:
             rollout = policy.call("generate", prompts, self._sampling, self.learning.router, *features)
             scored, report_ref = verifier.call("score", rollout, returns=2)
+            self._encode_ahead()
             stages += [(policy, rollout), (verifier, report_ref)]
             report = await self.fleet.get(report_ref, f"prompts {ordinals[0]} to {ordinals[-1]}")
         finally:
             self._load.subtract([policy.name, verifier.name])
         return Wave(scored, features, report)
+
+    def _encode(self, prompts: list[Prompt]) -> list[Reference]:
+        ahead = self._ahead.pop(prompts[0].ordinal, None)
+        return ahead.experts if ahead is not None and ahead.prompts == prompts else self.fleet.encode(prompts)
+
+    def _encode_ahead(self) -> None:
+        """Features do not depend on the router: those of the next update are made while this one's prompts sample."""
+        if self.stop.is_set() or not self.fleet.backend.survives:
+            return
+        size, upcoming = self.config.prompts_per_call, self.admission.upcoming(self.config.learner.groups)
+        self._ahead = {first: features for first, features in self._ahead.items() if first in upcoming}
+        for at in range(0, len(upcoming) - size + 1, size):
+            if upcoming[at] not in self._ahead:
+                prompts = [self.stream.prompt(ordinal) for ordinal in upcoming[at : at + size]]
+                self._ahead[upcoming[at]] = Features(prompts, self.fleet.encode(prompts))
 
     def _idlest(self, handles: Sequence[Handle]) -> Handle:
         return min(handles, key=lambda handle: self._load[handle.name])
@@ -296,7 +326,7 @@ class Driver:
 
     async def _save_if_possible(self) -> None:
         """After a failure: the last update is whole in this process, only finished groups may be out of reach."""
-        expected: tuple[type[Exception], ...] = (*self.fleet.backend.errors, OSError)
+        expected: tuple[type[Exception], ...] = (*self.fleet.backend.errors, RunError, OSError)
         try:
             await self.save()
         except expected:

@@ -40,10 +40,14 @@ class RayBackend:
         """See `Backend`."""
         causes = list(_causes(error))
         handles: dict[str, Handle] = {getattr(handle, "actor_id", ""): handle for handle in fleet.workers}
+        replaced = {old: handle.name for handle in fleet.workers for old in getattr(handle, "replaced", ())}
         # Ray wraps a death in an error that is a task's and the actor's at once: the innermost says what happened.
         for cause in reversed(causes):
             if isinstance(cause, RayActorError):
-                handle = handles.get(cause.actor_id or "")
+                gone = cause.actor_id or ""
+                if gone in replaced:
+                    return Fault("replaced", replaced[gone], _line(cause))
+                handle = handles.get(gone)
                 return Fault("died", handle.name if handle else "", _line(cause), handle)
         for cause in causes:
             if isinstance(cause, (ObjectLostError, NodeDiedError)):
@@ -53,7 +57,9 @@ class RayBackend:
         task = next((cause for cause in reversed(causes) if isinstance(cause, RayTaskError)), None)
         blamed = handles.get(getattr(task, "_actor_id", None) or "")
         reason = causes[-1]
-        return Fault("raised", blamed.name if blamed else "", f"{type(reason).__name__}: {_line(reason)}", blamed)
+        detail = f"{type(reason).__name__}: {_line(reason)}"
+        trace = str(getattr(task, "traceback_str", "")).strip()
+        return Fault("raised", blamed.name if blamed else "", detail, blamed, trace)
 
     def restart(self, handle: Any) -> None:
         """See `Backend`."""

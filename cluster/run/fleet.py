@@ -23,16 +23,18 @@ class StuckError(RuntimeError):
 class Fault:
     """Why a call failed.
 
-    kind: `died` = the worker's process is gone, `lost` = a result is gone with the node that held it,
-        `stuck` = no answer in time, `raised` = the worker's code raised.
-    worker: name of the worker to blame, if that is known; `who` its handle, unless the process that failed
-        has been replaced since.
+    kind: `died` = the worker's process is gone, `replaced` = it is gone and another runs in its place already,
+        `lost` = a result is gone with the node that held it, `stuck` = no answer in time, `raised` = the
+        worker's code raised.
+    worker: name of the worker to blame, if that is known; `who` its handle.
+    trace: where in the worker its code raised.
     """
 
-    kind: Literal["died", "lost", "stuck", "raised"]
+    kind: Literal["died", "replaced", "lost", "stuck", "raised"]
     worker: str
     detail: str
     who: Handle | None = None
+    trace: str = ""
 
     def __str__(self) -> str:
         return f"{self.worker} {self.kind}: {self.detail}" if self.worker else f"{self.kind}: {self.detail}"

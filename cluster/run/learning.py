@@ -1,18 +1,19 @@
 """Updates on the learner's ranks, and everything that another learner would need to go on from the last one.
 
 That is kept in the driver's process after every update, so a dead rank, or its whole node, costs at most
-the step in progress.
+the step in progress.  The optimizer's state arrives there while the next rollouts already run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from cluster.run.fleet import Fault, Fleet, Reference
-from cluster.run.recovery import Recovery
+from cluster.run.recovery import Recovery, Stage
 from cluster.run.start import join_ranks
 from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
@@ -29,13 +30,38 @@ class LostGroupsError(RuntimeError):
         self.fault = fault
 
 
-class Learning:
-    """The learner as the driver sees it.  `router` is the current one, as one object that all workers read."""
+@dataclass(frozen=True)
+class Job:
+    """What `LearnerRank.update` takes."""
 
-    def __init__(self, fleet: Fleet, recovery: Recovery, max_staleness: int, state: LearnerState) -> None:
+    batch: Sequence[int]
+    waves: int
+    parts: Sequence[Reference]
+
+
+@dataclass(frozen=True)
+class Done:
+    """An update that was done; its optimizer state, one reference a rank, may still be on its way."""
+
+    job: Job
+    router: Reference
+    snapshot: RouterSnapshot
+    moments: list[Reference]
+
+
+class Learning:
+    """The learner as the driver sees it.  `router` is the current one, as one object that all workers read.
+
+    state: of the ranks now; incarnation: which life of the learner they are.
+    """
+
+    def __init__(
+        self, fleet: Fleet, recovery: Recovery, max_staleness: int, state: LearnerState, incarnation: int = 0
+    ) -> None:
         self.fleet, self.recovery, self.max_staleness = fleet, recovery, max_staleness
         self.router: Reference = fleet.backend.put(state.snapshot)
-        self._kept = state
+        self._kept, self._incarnation = state, incarnation
+        self._unsettled: Done | None = None
 
     async def update(self, batch: Sequence[int], waves: int, parts: Sequence[Reference]) -> list[UpdateResult]:
         """One update; what each rank says of it.  A learner that dies over it is built again and repeats it.
@@ -47,78 +73,138 @@ class Learning:
             LostGroupsError: when the groups themselves are gone.
             RunError: when the learner keeps dying.
         """
-        ranks = self.fleet.learners
+        await self._settle()
+        job = Job(batch, waves, parts)
         while True:
-            updates = [rank.call("update", batch, waves, *parts) for rank in ranks]
-            router = ranks[0].call("snapshot")
-            moments = [rank.call("moments") for rank in ranks] if self.fleet.backend.survives else []
+            stages: list[Stage] = []
             try:
-                results: list[UpdateResult] = await self.fleet.get_all(updates, "the learner's update")
-                snapshot: RouterSnapshot = await self.fleet.get(router, "the new router")
-                optimizer = await self.fleet.get(moments[0], "the optimizer's state") if moments else None
+                results, done = await self._run(job, stages)
             except self.fleet.backend.errors as error:
-                fault = await self.recovery.after(error, list(zip(ranks, updates, strict=True)))
+                fault = await self._rebuilt_after(error, stages)
                 if fault.kind == "lost":
                     raise LostGroupsError(fault) from error
-                if fault.kind == "raised" and not await self._a_rank_is_gone():
-                    raise
-                await self.rebuild(fault)
                 continue
-            self.recovery.succeeded(ranks)
-            self.router = router
-            self._keep(snapshot, optimizer)
+            self.recovery.succeeded(self.fleet.learners)
+            self.router, self._unsettled = done.router, done
             return results
 
     async def again(self, make: Callable[[], Awaitable[T]]) -> T:
         """Does something outside training that needs the fleet, until it succeeds: evaluations, the last hashes."""
         while True:
             try:
+                await self._settle()
                 return await make()
             except self.fleet.backend.errors as error:
                 fault = await self.recovery.after(error)
                 if fault.who in self.fleet.learners:
                     await self.rebuild(fault)
+                elif fault.kind == "lost":
+                    self.publish()
 
     async def state(self) -> LearnerState:
         """Everything a checkpoint needs of the learner."""
+        await self._settle()
         if not self.fleet.backend.survives:
             self._kept = await self.fleet.get(self.fleet.learners[0].call("state"), "the learner's state")
         return self._kept
 
-    def _keep(self, snapshot: RouterSnapshot, optimizer: OptimizerState | None) -> None:
-        oldest = snapshot.version - self.max_staleness
-        history = {v: s for v, s in self._kept.history.items() if v >= oldest} | {snapshot.version: snapshot}
-        optimizer = optimizer or self._kept.optimizer
-        self._kept = replace(self._kept, snapshot=snapshot, history=history, optimizer=optimizer)
+    def publish(self) -> None:
+        """Makes the current router one object again: the one before may have been lost with its node."""
+        newest = self._unsettled.snapshot if self._unsettled else self._kept.snapshot
+        self.router = self.fleet.backend.put(newest)
+
+    async def _run(self, job: Job, stages: list[Stage]) -> tuple[list[UpdateResult], Done]:
+        ranks = self.fleet.learners
+        updates = [rank.call("update", job.batch, job.waves, *job.parts) for rank in ranks]
+        stages += zip(ranks, updates, strict=True)
+        router = ranks[0].call("snapshot")
+        moments = [rank.call("moments") for rank in ranks] if self.fleet.backend.survives else []
+        results: list[UpdateResult] = await self.fleet.get_all(updates, "the learner's update")
+        return results, Done(job, router, await self.fleet.get(router, "the new router"), moments)
+
+    async def _settle(self) -> None:
+        """Waits until the last update's optimizer state is here."""
+        if (done := self._unsettled) is None:
+            return
+        optimizer = self._kept.optimizer
+        if done.moments:
+            try:
+                optimizer = await self.fleet.get(done.moments[0], "the optimizer's state")
+            except self.fleet.backend.errors as error:
+                optimizer = await self._repeated(done, error)
+        self._kept, self._unsettled = self._after(done, optimizer), None
+
+    async def _repeated(self, done: Done, error: Exception) -> OptimizerState:
+        """The optimizer's state after an update whose learner died before it was handed over: the update runs again.
+
+        Rollouts may already use the router that it published, so that one stays as it is, to the last bit.
+        """
+        stages: list[Stage] = list(zip(self.fleet.learners, done.moments, strict=True))
+        groups_lost = False
+        while True:
+            await self._rebuilt_after(error, stages)
+            stages, optimizer = [], self._kept.optimizer
+            try:
+                if groups_lost:
+                    self.recovery.note("the optimizer goes on from its state one step before")
+                else:
+                    _, again = await self._run(done.job, stages)
+                    optimizer = await self.fleet.get(again.moments[0], "the optimizer's state")
+                await self._restore(self._after(done, optimizer))
+                return optimizer
+            except self.fleet.backend.errors as failed:
+                error = failed
+                groups_lost = groups_lost or self.fleet.backend.fault(failed, self.fleet).kind == "lost"
+
+    def _after(self, done: Done, optimizer: OptimizerState) -> LearnerState:
+        version = done.snapshot.version
+        kept = {v: s for v, s in self._kept.history.items() if v >= version - self.max_staleness}
+        return LearnerState(done.snapshot, optimizer, {**kept, version: done.snapshot}, self._kept.initial)
+
+    async def _rebuilt_after(self, error: Exception, stages: Sequence[Stage]) -> Fault:
+        """Builds the learner again after a failed call, unless its own code raised.
+
+        Raises:
+            RunError: when the learner keeps failing, or when its code raised.
+        """
+        fault = await self.recovery.after(error, stages)
+        if fault.kind == "raised" and not await self._a_rank_is_gone():
+            raise self.recovery.hopeless(fault) from error
+        await self.rebuild(fault)
+        return fault
 
     async def _a_rank_is_gone(self) -> bool:
         """When one of several ranks dies, the others' collectives fail, and those errors may come first."""
-        for rank in self.fleet.learners:
-            try:
-                await self.fleet.get(rank.call("ready"), rank.name)
-            except self.fleet.backend.errors:
-                return True
+        asked = [self.fleet.get(rank.call("ready"), rank.name) for rank in self.fleet.learners]
+        try:
+            for answer in asyncio.as_completed(asked):
+                await answer
+        except self.fleet.backend.errors:
+            return True
         return False
 
     async def rebuild(self, fault: Fault) -> None:
         """Fresh ranks that go on from the last update; a new incarnation tells their routers apart."""
         began = time.perf_counter()
+        self._incarnation += 1
         while True:
             for rank in self.fleet.learners:
                 self.fleet.backend.restart(rank)
             try:
                 await join_ranks(self.fleet, self.fleet.learners)
-                state = self.fleet.backend.put(self._kept)
-                restored = [r.call("restore", state, self._kept.snapshot.incarnation + 1) for r in self.fleet.learners]
-                await self.fleet.get_all(restored, "restoring the learner")
+                await self._restore(self._kept)
                 break
             except self.fleet.backend.errors as error:
                 fault = await self.recovery.after(error)
                 self.recovery.note(f"{fault}; the learner starts again")
-        # Published routers may have been lost with the learner's node.
-        self.router = self.fleet.backend.put(self._kept.snapshot)
+        self.publish()
         took = time.perf_counter() - began
         self.recovery.restarts["Learner"] += 1
         self.recovery.recovery_s.setdefault("Learner", []).append(took)
         step = self._kept.snapshot.version
         self.recovery.note(f"{fault}; the learner was built again after step {step} ({took:.1f} s)")
+
+    async def _restore(self, state: LearnerState) -> None:
+        shared = self.fleet.backend.put(state)
+        restored = [rank.call("restore", shared, self._incarnation) for rank in self.fleet.learners]
+        await self.fleet.get_all(restored, "restoring the learner")

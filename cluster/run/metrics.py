@@ -62,7 +62,8 @@ def step_metrics(
         **{f"reward/{task}": _mean(r for g in mine for r in g.ok_rewards) for task, mine in by_task(groups).items()},
         "groups/no_signal": _mean(not has_signal(group.rewards, group.statuses) for group in groups),
         "rewards/masked_fraction": 1 - len(rewards) / completions,
-        "policy/kl": sums.mean("kl"),
+        **{f"rewards/masked_fraction/{task}": _masked(mine) for task, mine in by_task(groups).items()},
+        **({"policy/kl": sums.mean("kl")} if "kl" in sums.values else {}),
         "policy/entropy": sums.mean("entropy"),
         "policy/ratio": sums.mean("ratio"),
         "policy/clip_fraction": sums.mean("clipped"),
@@ -92,6 +93,10 @@ def step_metrics(
         "time/learner_s": times.learner_s,
         **attention_metrics(groups, experts),
     }
+
+
+def _masked(groups: Sequence[GroupReport]) -> float:
+    return 1 - sum(len(group.ok_rewards) for group in groups) / sum(len(group.statuses) for group in groups)
 
 
 def attention_metrics(groups: Sequence[GroupReport], experts: Sequence[str]) -> dict[str, float]:

@@ -16,8 +16,11 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message names the worker and the cause."""
 
 
+LOST_IN_A_ROW = 100  # results gone with a node, without any success in between: one dead node loses many calls
+
+
 class Recovery:
-    """Restarts experts, rollout and reward workers.  The learner's ranks restart together: see the driver.
+    """Restarts experts, rollout and reward workers.  The learner's ranks restart together: see `Learning`.
 
     max_restarts: of one worker without a success in between; one more fault ends the run.
     note: tells people what happened.
@@ -49,18 +52,24 @@ class Recovery:
         fault = self.fleet.backend.fault(error, self.fleet)
         if isinstance(error, StuckError):
             fault = await self._stuck(fault, stages)
-        if fault.kind == "died" and fault.who is None:
+        if fault.kind == "replaced":
             return fault  # one death fails every call under way: the first of them has started the worker again
+        limit = LOST_IN_A_ROW if fault.kind == "lost" else self.max_restarts
         self._in_a_row[fault.worker] += 1
-        if self._in_a_row[fault.worker] > self.max_restarts:
+        if self._in_a_row[fault.worker] > limit:
             raise RunError(await self._last_words(fault)) from error
         if fault.kind in ("died", "stuck") and fault.who is not None and fault.who not in self.fleet.learners:
-            await self.restart(fault.who, fault)
+            self.restart(fault.who, fault)
         elif fault.kind == "raised":
             self.note(str(fault))
         return fault
 
-    async def restart(self, handle: Handle, fault: Fault) -> None:
+    def hopeless(self, fault: Fault) -> RunError:
+        """The error of a fault that another try would not mend."""
+        trace = f"\n{fault.trace}" if fault.trace else ""
+        return RunError(f"{fault}{trace}")
+
+    def restart(self, handle: Handle, fault: Fault) -> None:
         """A fresh process behind the same handle; calls may be sent at once and wait until it is up."""
         began = time.perf_counter()
         self.fleet.backend.restart(handle)
@@ -69,8 +78,6 @@ class Recovery:
         task = asyncio.create_task(self._time_until_ready(handle, began))
         self._ready.add(task)
         task.add_done_callback(self._ready.discard)
-        # Names and resources of the old process take a moment to be free.
-        await asyncio.sleep(0)
 
     async def _time_until_ready(self, handle: Handle, began: float) -> None:
         try:
@@ -91,6 +98,6 @@ class Recovery:
 
     async def _last_words(self, fault: Fault) -> str:
         log = await asyncio.to_thread(self.fleet.backend.log_tail, fault.who) if fault.who else ""
-        tail = f"\nthe end of its log:\n{log}" if log else ""
+        tail = f"\n{fault.trace}" if fault.trace else f"\nthe end of its log:\n{log}" if log else ""
         times = f"{self._in_a_row[fault.worker]} times in a row"
         return f"{fault.worker or 'a worker'} failed {times} and the run stops: {fault.kind}: {fault.detail}{tail}"

@@ -18,8 +18,9 @@ from rollout.types import FinishReason, Group, Prompt, RewardStatus, Rollout, Sc
 class GroupReport:
     """What the driver needs of a group; the group itself goes straight to the learner.
 
-    rewards, statuses: one a completion.  attention: (experts,) mean over latents; entropy: of the
-    attention over experts, in nats, mean over latents.  bytes: of the group's arrays.
+    rewards, statuses: one a completion; reason: why the first without a verdict has none.
+    attention: (experts,) mean over latents; entropy: of the attention over experts, in nats, mean over
+    latents.  bytes: of the group's arrays.
     """
 
     ordinal: int
@@ -32,6 +33,7 @@ class GroupReport:
     attention: tuple[float, ...]
     entropy: float
     bytes: int
+    reason: str = ""
 
     @property
     def ok_rewards(self) -> list[float]:
@@ -110,4 +112,5 @@ def _group_report(group: Group) -> GroupReport:
         attention=tuple(attention.mean(axis=0).tolist()) if attention.size else (),
         entropy=float(entropy.mean()) if attention.size else 0.0,
         bytes=group.prompt_tokens.nbytes + sum(c.tokens.nbytes + c.logprobs.nbytes for c in group.completions),
+        reason=next((score.reason for score in group.scores if score.status is not RewardStatus.OK), ""),
     )

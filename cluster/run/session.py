@@ -22,6 +22,7 @@ from cluster.run.evaluate import Evaluation, Evaluator
 from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder
 from cluster.run.learning import Learning
+from cluster.run.masking import MaskedShare
 from cluster.run.records import Records, baselines_of
 from cluster.run.recovery import Recovery, RunError
 from cluster.run.start import Started, start_inline, start_on_ray
@@ -55,36 +56,33 @@ class Session:
         resumed = None
         if checkpoint.steps(self.folder.checkpoints):
             resumed = checkpoint.read(self.folder.checkpoints, prompt=self.stream.prompt)
-        started = await self._start()
-        try:
-            return await self._train(started, resumed, begun)
-        except started.fleet.backend.errors as error:
-            # While training, faults are dealt with; before it there is nothing to lose yet.
-            fault = started.fleet.backend.fault(error, started.fleet)
-            raise RunError(f"{fault}; start it again, with --resume if it had a checkpoint") from error
-        finally:
-            self.watch.stop()
-            started.fleet.close()
-            if self.config.execution == "ray":
-                actors.leave_cluster()
+        with contextlib.ExitStack() as leaving:
+            started = await self._start(leaving)
+            leaving.callback(started.fleet.close)
+            leaving.callback(self.watch.stop)
+            try:
+                return await self._train(started, resumed, begun)
+            except started.fleet.backend.errors as error:
+                # While training, faults are dealt with; before it there is nothing to lose yet.
+                fault = started.fleet.backend.fault(error, started.fleet)
+                again = "" if fault.kind == "raised" else "; start it again, with --resume if it had a checkpoint"
+                trace = f"\n{fault.trace}" if fault.trace else ""
+                raise RunError(f"{fault}{again}{trace}") from error
 
-    async def _start(self) -> Started:
+    async def _start(self, leaving: contextlib.ExitStack) -> Started:
         verifiers = {name: task.verifier for name, task in self.tasks.items()}
         if self.config.execution == "inline":
             return start_inline(self.config, verifiers)
         ray = self.config.ray
         info = actors.join_cluster(ray.address, ray.dashboard_port, self.config.run)
+        leaving.callback(actors.leave_cluster)
         if info.dashboard_url:
             self.console.print(
                 f"Ray dashboard: http://{info.dashboard_url}  (log in with the token in {info.token_path})",
                 highlight=False,
             )
-        try:
-            with self.console.status("starting the experts, the policy, the verifiers and the learner"):
-                return await start_on_ray(self.config, verifiers)
-        except BaseException:
-            actors.leave_cluster()
-            raise
+        with self.console.status("starting the experts, the policy, the verifiers and the learner"):
+            return await start_on_ray(self.config, verifiers)
 
     async def _train(self, started: Started, resumed: checkpoint.Checkpoint | None, begun: float) -> Outcome:
         fleet = started.fleet
@@ -188,6 +186,7 @@ async def make_driver(
     p = config.pipeline
     limits = Limits(p.open_groups, int(p.buffer_mb * 2**20), p.attempts)
     admission = Admission(config.learner.groups, config.max_staleness, config.steps, limits)
+    incarnation = 0
     if resumed is not None:
         stream.restore(resumed.driver["stream"])
         admission.restore(resumed.driver["admission"])
@@ -196,8 +195,9 @@ async def make_driver(
         await fleet.get_all(restored, "restoring the learner")
     recovery = Recovery(fleet, p.max_restarts, note)
     states = await fleet.get_all([rank.call("state") for rank in fleet.learners], "the learner's state")
-    learning = Learning(fleet, recovery, config.max_staleness, states[0])
-    driver = Driver(config, fleet, stream, admission, sink, recovery, learning)
+    learning = Learning(fleet, recovery, config.max_staleness, states[0], incarnation)
+    masked = MaskedShare(config.rewards.masked_limit, note)
+    driver = Driver(config, fleet, stream, admission, sink, recovery, learning, masked)
     if resumed is not None:
         driver.resume_with(resumed.finished)
         driver.elapsed_s, driver.samples = resumed.driver["elapsed_s"], resumed.driver["samples"]

@@ -230,7 +230,7 @@ class PlainWatch:
         self._print(
             f"step {history.step}/{total}"
             f"  reward {panels.number(history.smoothed('reward/mean'))} ({tasks})"
-            f"  kl {panels.number(history.latest('policy/kl'))}"
+            f"  kl {panels.number(history.known('policy/kl'))}"
             f"  no signal {panels.percent(history.latest('groups/no_signal'))}"
             f"  staleness {panels.number(history.latest('staleness/mean'))}"
             f"  {panels.seconds(history.latest('time/step_s'))}/step"

@@ -78,7 +78,7 @@ def signals(history: History, *, trend: int) -> Table:
         table.add_column(style="#4cc9f0", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for name, metric, kind in _SIGNALS:
-        value = history.latest(metric)
+        value = history.known(metric)
         shown = percent(value) if kind == "percent" else number(value)
         curve = [sparkline(history.series(metric).smoothed, trend)] if trend else []
         table.add_row(name, *curve, shown)

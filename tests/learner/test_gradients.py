@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from experts.state import Arrays, RouterSnapshot
+from learner.batch import global_denominators
 from learner.engine import Rendezvous, free_port
 from rollout.types import Group, Prompt
 from tests.learner.gradient_cases import CASES, algorithm, at_version_one, gradients, second_router
 from tests.learner.naive import plain_gradients
-from tests.learner.world import World, made_up_scores, score
+from tests.learner.world import World, encode, made_up_scores, score
 
 TOLERANCE = 1e-5
 ROOT = Path(__file__).parents[2]
@@ -94,13 +95,13 @@ def wanted(world: World, groups, routers) -> dict[str, Arrays]:
     return {name: plain_gradients(world, groups, arrays, 1, algorithm(name)) for name in names}
 
 
-def error(found: dict[str, np.ndarray], case: tuple[int, int, str], wanted: dict[str, Arrays]) -> float:
+def error(found: dict[str, np.ndarray], case: tuple[int | str, ...], wanted: dict[str, Arrays]) -> float:
     """Largest relative error of a parameter's gradient.
 
     A gradient that is 0 in exact arithmetic (a key's bias shifts all scores alike) has no relative error; it is
     measured against the whole gradient.
     """
-    reference = wanted[case[2]]
+    reference = wanted[case[-1]]
     whole = np.sqrt(sum(np.square(g).sum() for g in reference.values()))
     errors = []
     for name, right in reference.items():
@@ -123,6 +124,25 @@ def test_two_ranks_have_plain_torch_gradients(two_ranks, wanted, case):
     """Each rank holds the whole update's gradient, not its own share nor the ranks' mean."""
     for rank in two_ranks:
         assert error(rank, case, wanted) < TOLERANCE
+
+
+def test_without_a_kl_term_groups_without_signal_are_not_computed_and_the_gradient_is_the_same(
+    world: World, groups, routers
+):
+    learner = world.learner(staleness=1, kl={"coefficient": 0.0})
+    learner.restore(at_version_one(learner), 0)
+    computed: list[int] = []
+    loss = learner.gradient._loss
+    learner.gradient._loss = lambda some, *rest: (computed.extend(g.ordinal for g in some), loss(some, *rest))[1]  # type: ignore[method-assign]
+    features = [list(e.features) for e in encode([g.prompt for g in groups])]
+    learner.backward(groups, features, global_denominators(groups, None))
+    found = learner.engine.gradients()
+    learner.finish_update()
+    config = learner.gradient.algorithm.config
+    right = plain_gradients(world, groups, {v: s.arrays for v, s in routers.items()}, 1, config)
+    assert error({f"one/{name}": array for name, array in found.items()}, ("one",), {"one": right}) < TOLERANCE
+    assert sorted(computed) == [g.ordinal for g in groups if len({s.reward for s in g.scores if s.status == "ok"}) > 1]
+    assert 0 < len(computed) < len(groups)
 
 
 def test_the_cases_are_not_trivial(groups, wanted, routers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from cluster.run.admission import Admission, Limits
 from cluster.run.driver import Driver
 from cluster.run.fleet import Fault, Fleet, StuckError
 from cluster.run.learning import Learning
+from cluster.run.masking import MaskedShare
 from cluster.run.recovery import Recovery
 from cluster.run.scoring import GroupReport, WaveReport
 from experts.state import RouterSnapshot
@@ -30,6 +32,10 @@ class Death(Exception):
         self.worker, self.generation = worker, generation
 
 
+class Loss(Exception):
+    """A result that is gone with its node."""
+
+
 class Ref:
     """A call's result; who waits for it and gives up does not stop the call."""
 
@@ -43,7 +49,11 @@ class Ref:
 
 @dataclass(eq=False)
 class FakeWorker:
-    """Answers calls one after another; `die_on` are prompts that kill it, `deaths` how often the next calls do."""
+    """Answers calls one after another.
+
+    die_on: prompts that kill it.  deaths: how many of the next calls do; die_at: how many of a method's do.
+    losses: how many calls of a method find that what they need is lost.  raises: what a method raises.
+    """
 
     name: str
     world: World
@@ -51,6 +61,9 @@ class FakeWorker:
     deaths: int = 0
     hangs: int = 0
     die_on: set[int] = field(default_factory=set)
+    die_at: Counter[str] = field(default_factory=Counter)
+    losses: Counter[str] = field(default_factory=Counter)
+    raises: dict[str, Exception] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
     log: list[str] = field(default_factory=list)
     queue: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -66,12 +79,21 @@ class FakeWorker:
             if generation in self.dead or self.generation != generation:
                 raise Death(self, generation)
             self.log.append(method)
-            if method in ("generate", "update") or method == "encode":
+            if method in ("generate", "update", "encode"):
                 await asyncio.sleep(self.world.rng.expovariate(1 / self.world.delay_s))
             prompts = values[0] if method == "generate" else ()
             if method in ("encode", "generate", "score", "update") and self.hangs:
                 self.hangs -= 1
                 await asyncio.sleep(3600)
+            if self.losses[method]:
+                self.losses[method] -= 1
+                raise Loss(f"what {method} needs is lost")
+            if method in self.raises:
+                raise self.raises[method]
+            if self.die_at[method]:
+                self.die_at[method] -= 1
+                self.dead.add(generation)
+                raise Death(self, generation)
             if (self.deaths and method != "ready") or {p.ordinal for p in prompts} & self.die_on:
                 self.deaths = max(self.deaths - 1, 0)
                 self.dead.add(generation)
@@ -82,15 +104,19 @@ class FakeWorker:
 class Backend:
     """Restarts fake workers."""
 
-    errors: tuple[type[Exception], ...] = (Death, StuckError)
+    errors: tuple[type[Exception], ...] = (Death, Loss, ArithmeticError, StuckError)
     survives = True
 
     def fault(self, error: Exception, fleet: Fleet) -> Fault:
         """Deaths know their worker."""
         if isinstance(error, Death):
             if error.generation != error.worker.generation:
-                return Fault("died", "", str(error))
+                return Fault("replaced", error.worker.name, str(error))
             return Fault("died", error.worker.name, str(error), error.worker)
+        if isinstance(error, Loss):
+            return Fault("lost", "", str(error))
+        if isinstance(error, ArithmeticError):
+            return Fault("raised", "Learner(0)", str(error), fleet.learners[0], trace="in line 7 of the learner")
         return Fault("stuck", "", str(error))
 
     def restart(self, handle: Any) -> None:
@@ -146,7 +172,6 @@ class World:
     def update(self, batch: list[int], waves: int, *parts: Any) -> UpdateResult:
         """Counts."""
         self.version += 1
-        self.trained = [entry for entry in self.trained if entry[0] < self.version]
         self.trained += [(self.version, ordinal) for ordinal in batch]
         return UpdateResult(Sums(), 0.0, 0.0)
 
@@ -173,6 +198,7 @@ class World:
     def restore(self, state: LearnerState, incarnation: int) -> None:
         """Forgets what came after the kept state."""
         self.version, self.incarnation = state.snapshot.version, incarnation
+        self.trained = [entry for entry in self.trained if entry[0] <= self.version]
 
 
 class Stream:
@@ -259,7 +285,8 @@ class Stage:
             self.admission,
             self.notes,
             self.recovery,
-            self.learning,  # type: ignore[arg-type]
+            self.learning,
+            MaskedShare(c.rewards.masked_limit, self.notes.notes.append),  # type: ignore[arg-type]
         )
 
     def run(self) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cluster.run.recovery import RunError
-from tests.pipeline.fake_fleet import Stage, World, config
+from experts.state import RouterSnapshot
+from learner.engine import OptimizerState
+from tests.pipeline.fake_fleet import Loss, Stage, World, config
 
 
 def assert_whole(stage: Stage, steps: int = 20, groups: int = 6) -> None:
@@ -43,6 +45,59 @@ def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(name: str) -> N
     kept = stage.notes.checkpoints[-1][2]
     assert kept.snapshot.version == kept.optimizer.steps == 20
     assert (kept.snapshot.incarnation > 0) == (name == "Learner(0)")
+
+
+def test_a_learner_that_dies_before_its_optimizer_state_is_here_repeats_the_update_under_the_published_router() -> None:
+    stage = Stage(config(max_staleness=1), World())
+    stage.worker("Learner(0)").die_at["moments"] = 3
+    stage.run()
+    assert_whole(stage)
+    assert stage.recovery.restarts["Learner"] == 3
+    kept = stage.notes.checkpoints[-1][2]
+    assert kept.snapshot.version == kept.optimizer.steps == 20
+    assert kept.snapshot.incarnation == 3
+
+
+def test_groups_that_are_lost_run_again_and_so_does_what_needed_a_lost_router() -> None:
+    stage = Stage(config(max_staleness=1), World())
+    stage.worker("Learner(0)").losses["update"] = 2
+    stage.worker("Rollout(0)").losses["generate"] = 5
+    published = []
+    put = stage.fleet.backend.put
+    stage.fleet.backend.put = lambda value: published.append(value) or put(value)  # type: ignore[method-assign]
+    stage.run()
+    assert_whole(stage)
+    assert not stage.notes.deaths
+    assert any("prompts run again" in note for note in stage.notes.notes)
+    assert sum(isinstance(value, RouterSnapshot) for value in published) >= 7
+
+
+def test_an_optimizer_state_that_is_lost_with_its_groups_is_replaced_by_the_one_before() -> None:
+    stage = Stage(config(max_staleness=1), World())
+    learner = stage.worker("Learner(0)")
+    whole = stage.world.moments
+
+    def lost_at_five() -> OptimizerState:
+        if stage.world.version == 5 and not learner.losses["done"]:
+            learner.losses["done"], learner.losses["update"] = 1, 1
+            raise Loss("the optimizer's state")
+        return whole()
+
+    stage.world.moments = lost_at_five  # type: ignore[method-assign]
+    stage.run()
+    assert [record["step"] for record in stage.notes.steps] == list(range(1, 21))
+    assert stage.admission.trained == set(range(120))
+    assert "the optimizer goes on from its state one step before" in stage.notes.notes
+
+
+def test_a_learner_whose_code_raises_stops_the_run_with_the_place_and_is_not_started_again() -> None:
+    stage = Stage(config(), World())
+    stage.worker("Learner(0)").raises["update"] = ArithmeticError("a gradient that is not a number")
+    with pytest.raises(RunError, match="not a number") as stopped:
+        stage.run()
+    assert "in line 7 of the learner" in str(stopped.value)
+    assert not stage.recovery.restarts
+    assert stage.notes.checkpoints[-1][0] == 0
 
 
 def test_a_worker_that_hangs_is_named_with_its_stack_and_started_again() -> None:

@@ -78,8 +78,10 @@ def test_many_epochs_stay_correct_though_only_some_orders_are_kept() -> None:
 
 
 def test_a_stream_resumes_after_a_round_trip_through_json(tasks: dict[str, Task], data: DataConfig) -> None:
-    noted = json.loads(json.dumps(PromptStream(tasks, data).state()))
-    PromptStream(build_tasks(data), data).restore(noted)
+    first, again = PromptStream(tasks, data), PromptStream(build_tasks(data), data)
+    expected = [first.prompt(n) for n in range(50)]
+    again.restore(json.loads(json.dumps(first.state())))
+    assert [again.prompt(n) for n in range(50)] == expected
 
 
 def test_the_state_of_another_configuration_is_refused(tasks: dict[str, Task], data: DataConfig) -> None:

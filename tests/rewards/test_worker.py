@@ -83,6 +83,15 @@ def test_a_completion_that_takes_too_long_is_masked_and_the_rest_go_on(worker: R
     assert after["scored"]["task"] - before["scored"]["task"] == 5
 
 
+def test_a_verifier_that_is_late_three_times_in_a_row_is_not_asked_again_in_that_call(worker: RewardWorker) -> None:
+    before = worker.describe()["restarts"]
+    scores = verdicts(worker, "sleep 30", "0.5", *["sleep 30"] * 4, "0.25")
+    assert [score.status for score in scores] == [TIMEOUT, OK, *[TIMEOUT] * 5]
+    assert ["not scored" in score.reason for score in scores] == [False] * 5 + [True] * 2
+    assert worker.describe()["restarts"] - before == 4
+    assert [score.status for score in verdicts(worker, "0.25")] == [OK]
+
+
 def test_the_limit_is_for_one_completion_not_for_the_batch(worker: RewardWorker) -> None:
     scores = verdicts(worker, *["sleep 0.3"] * 4)
     assert [score.status for score in scores] == [OK] * 4
