@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHONS := $(PYTHON) python3.11 python3.12 python3
 
-.PHONY: help install quickstart test test-slow lint format bench clean
+.PHONY: help install quickstart test test-slow lint format bench bench-pipeline clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -62,6 +62,9 @@ format: install  ## Let ruff order imports and format the code
 
 bench: install $(VENV)/bench/.installed  ## Time a training step: distributed, inline and with TRL (under 8 minutes)
 	@$(BIN)/python -m benchmarks.step
+
+bench-pipeline: install  ## What the pipeline costs and what overlap brings; trains the quickstart twice (about 20 minutes)
+	@$(BIN)/python -m benchmarks.pipeline
 
 # Beside the environment, not in it: only the process that measures TRL sees this folder.
 $(VENV)/bench/.installed: requirements-bench.txt

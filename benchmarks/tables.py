@@ -117,7 +117,7 @@ def device() -> dict[str, Any]:
     return {"cpu": model, "cores": cores}
 
 
-def file_name(day: str, machine: dict[str, Any]) -> str:
-    """`step-<day>-<device>.json`."""
+def file_name(day: str, machine: dict[str, Any], what: str = "step") -> str:
+    """`<what>-<day>-<device>.json`."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    return f"step-{day}-{slug}-{machine['cores']}-cores.json"
+    return f"{what}-{day}-{slug}-{machine['cores']}-cores.json"

@@ -55,7 +55,9 @@ class RayConfig(BaseModel):
 
     address: of a running cluster; None starts one on loopback, with the dashboard on.
     dashboard_port: of a cluster that is started here; None takes 8265, or the next one that is free.
-    deadline_s: limit of every remote wait; past it the run stops and names the stage that is stuck.
+    deadline_s: limit of every remote wait; past it the worker that is stuck is named, with its stack, and
+        started again.
+    warning_s: after this much of a wait the same is said, once, and nothing is done yet.
     start_deadline_s: the same for workers that load models.
     """
 
@@ -63,6 +65,7 @@ class RayConfig(BaseModel):
     address: str | None = None
     dashboard_port: int | None = Field(None, ge=1, le=65535)
     deadline_s: float = Field(600.0, gt=0)
+    warning_s: float = Field(60.0, gt=0)
     start_deadline_s: float = Field(900.0, gt=0)
 
 

@@ -143,17 +143,28 @@ def check_end_token(path: str) -> None:
     end_tokens(tokenizer, path)
 
 
+def import_transformers() -> Any:
+    """transformers with everything that loading a model needs; the first call in a process takes seconds."""
+    import transformers.utils
+
+    # A quarter of its import is scikit-learn, for a kind of assisted generation that nothing here uses.
+    transformers.utils.is_sklearn_available = lambda: False
+    import transformers.generation
+    import transformers.modeling_utils
+
+    return transformers
+
+
 def load_frozen(path: str, dtype: str = "float32", device: str = "cpu", name: str | None = None) -> FrozenModel:
     """Loads a causal language model and freezes it.
 
     Raises:
         ModelError: when it cannot be found or read, or has no end token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    transformers = import_transformers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)

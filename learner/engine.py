@@ -45,16 +45,24 @@ class Rendezvous:
     port: int = 0
 
 
-def init_ranks(place: Rendezvous) -> None:
-    """Joins the process group, once a process; gloo on CPU, NCCL on GPUs."""
-    # DeepSpeed calls `ninja` by name; pip put it beside the interpreter.
+def import_deepspeed() -> Any:
+    """DeepSpeed, told where it is; the first call in a process takes seconds."""
+    # It calls `ninja` by name; pip put that beside the interpreter.
     beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != beside:
         os.environ["PATH"] = os.pathsep.join([beside, path])
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-        if place.host.startswith("127."):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import deepspeed
+
+    return deepspeed
+
+
+def init_ranks(place: Rendezvous) -> None:
+    """Joins the process group, once a process; gloo on CPU, NCCL on GPUs."""
+    deepspeed = import_deepspeed()
+    if not torch.cuda.is_available() and place.host.startswith("127."):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(
         RANK=str(place.rank),
         LOCAL_RANK="0",
@@ -62,8 +70,6 @@ def init_ranks(place: Rendezvous) -> None:
         MASTER_ADDR=place.host,
         MASTER_PORT=str(place.port or free_port()),
     )
-    import deepspeed
-
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +10,9 @@ from cluster.run.environment import PROCESS_ENVIRONMENT
 from cluster.run.faults import answer_stack_requests
 from cluster.run.fleet import Reference
 from cluster.run.recipe import Recipe
-from cluster.run.scoring import ScoringWorker, WaveReport
-from learner.engine import Rendezvous, free_port
+from experts.loading import import_transformers
+from learner.engine import Rendezvous, free_port, import_deepspeed
 from learner.learner import LearnerRank, LearnerSpec
-from rewards.config import RewardsConfig
-from rewards.verify import Verifier
-from rollout.types import Prompt, Rollout, Score
 
 
 class ClusterError(RuntimeError):
@@ -146,29 +141,17 @@ def _create(handle: RayHandle) -> Any:
     return ray.remote(recipe.kind).options(**options).remote(*recipe.args)
 
 
-class AsyncScoringWorker(ScoringWorker):
-    """The reward stage as an asynchronous actor: calls wait for the scoring process without blocking the actor."""
-
-    def __init__(self, verifiers: Mapping[str, Verifier], config: RewardsConfig, index: int = 0) -> None:
-        super().__init__(verifiers, config, index)
-
-    async def score(self, rollout: Rollout) -> tuple[Rollout, WaveReport]:  # type: ignore[override]
-        """See `ScoringWorker.score`."""
-        start = time.perf_counter()
-        groups = await self.worker.score(list(rollout.groups))
-        return self._finished(rollout, groups, start)
-
-    async def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:  # type: ignore[override]
-        """See `ScoringWorker.score_texts`."""
-        return super().score_texts(prompts, texts)
-
-
 class LearnerActor(LearnerRank):
-    """A learner rank that is built in two steps: placed first, so that rank 0 can say where to meet."""
+    """A learner rank in steps: placed while the other workers start, told what it is, joined with its fellows."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, index: int) -> None:
+        import_deepspeed()
+        import_transformers()
+        self.place = Rendezvous(rank=index)
+
+    def configure(self, spec: LearnerSpec) -> None:
+        """What `join` will build."""
         self.spec = spec
-        self.place = Rendezvous()
 
     def rendezvous(self) -> tuple[str, int]:
         """This actor's address and a free port on its node."""

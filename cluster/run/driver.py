@@ -19,13 +19,16 @@ from cluster.run.fleet import Fault, Fleet, Handle, Reference
 from cluster.run.learning import Learning, LostGroupsError
 from cluster.run.masking import MaskedShare
 from cluster.run.metrics import PipelineState, StepTimes, step_metrics
-from cluster.run.recovery import Recovery, RunError, Stage
+from cluster.run.recovery import Recovery, RunError
 from cluster.run.scoring import GroupReport, WaveReport, wave_report
+from cluster.run.watchdog import Stage
 from learner.advantages import has_signal
 from learner.gradient import Sums
 from learner.learner import LearnerState
 from rewards.stream import PromptStream
 from rollout.types import Group, Prompt, Rollout, Sampling
+
+BREATH_S = 0.001  # enough for the other coroutine to send its calls off
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ class Driver:
         """
         try:
             async with asyncio.TaskGroup() as tasks:
-                rollouts = tasks.create_task(self._rollouts())
+                background = [tasks.create_task(self._rollouts()), tasks.create_task(self.recovery.watchdog.run())]
                 await self._training()
-                rollouts.cancel()
+                for task in background:
+                    task.cancel()
         except BaseExceptionGroup as group:
             await self._save_if_possible()
             raise _first(group) from group
@@ -156,7 +160,8 @@ class Driver:
         """Some prompts through experts, policy and verifiers; on failure they are to run again."""
         stages: list[Stage] = []
         try:
-            wave = await self._through(ordinals, stages)
+            with self.recovery.watchdog.over(f"the call for {_prompts(ordinals)}", stages):
+                wave = await self._through(ordinals, stages)
         except self.fleet.backend.errors as error:
             fault = await self.recovery.after(error, stages)
             if fault.kind == "lost":
@@ -187,7 +192,7 @@ class Driver:
             scored, report_ref = verifier.call("score", rollout, returns=2)
             self._encode_ahead()
             stages += [(policy, rollout), (verifier, report_ref)]
-            report = await self.fleet.get(report_ref, f"prompts {ordinals[0]} to {ordinals[-1]}")
+            report = await self.fleet.get(report_ref, _prompts(ordinals))
         finally:
             self._load.subtract([policy.name, verifier.name])
         return Wave(scored, features, report)
@@ -276,7 +281,8 @@ class Driver:
             self._filtered = 0
             self._changed.notify_all()
         fresh, self._fresh = self._fresh, []
-        # Rollouts of the next step are under way by now: what only concerns the records happens beside them.
+        # The next rollouts start first: what only concerns the records happens beside them.
+        await asyncio.sleep(BREATH_S)
         if self.config.checkpoint.groups:
             await self._written()
             self._writing = asyncio.create_task(self._keep_groups(version + 1, batch, waves))
@@ -335,6 +341,10 @@ class Driver:
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def _prompts(ordinals: Sequence[int]) -> str:
+    return f"prompts {ordinals[0]} to {ordinals[-1]}" if len(ordinals) > 1 else f"prompt {ordinals[0]}"
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -10,6 +10,8 @@ PROCESS_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     # Waiting threads sleep instead of spinning: workers share cores, and spinning made steps many times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Large blocks of memory come in large pages: about a tenth less time a step on CPU.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "TOKENIZERS_PARALLELISM": "false",
     # Loading bars of worker processes would garble the display.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

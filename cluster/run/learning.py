@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cluster.run.fleet import Fault, Fleet, Reference
-from cluster.run.recovery import Recovery, Stage
+from cluster.run.recovery import Recovery
 from cluster.run.start import join_ranks
+from cluster.run.watchdog import Stage
 from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
 from learner.learner import LearnerState, UpdateResult
@@ -78,7 +79,8 @@ class Learning:
         while True:
             stages: list[Stage] = []
             try:
-                results, done = await self._run(job, stages)
+                with self.recovery.watchdog.over(f"update {self._kept.snapshot.version + 1}", stages):
+                    results, done = await self._run(job, stages)
             except self.fleet.backend.errors as error:
                 fault = await self._rebuilt_after(error, stages)
                 if fault.kind == "lost":

@@ -7,9 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from cluster.run.fleet import Fault, Fleet, Handle, Reference, StuckError
-
-Stage = tuple[Handle, Reference]
+from cluster.run.fleet import Fault, Fleet, Handle, StuckError
+from cluster.run.watchdog import Stage, Watchdog, first_waiting
 
 
 class RunError(RuntimeError):
@@ -23,11 +22,12 @@ class Recovery:
     """Restarts experts, rollout and reward workers.  The learner's ranks restart together: see `Learning`.
 
     max_restarts: of one worker without a success in between; one more fault ends the run.
-    note: tells people what happened.
+    note: tells people what happened.  warning_s: when the watchdog speaks of a call that still goes on.
     """
 
-    def __init__(self, fleet: Fleet, max_restarts: int, note: Callable[[str], None]) -> None:
+    def __init__(self, fleet: Fleet, max_restarts: int, note: Callable[[str], None], warning_s: float = 60.0) -> None:
         self.fleet, self.max_restarts, self.note = fleet, max_restarts, note
+        self.watchdog = Watchdog(fleet, warning_s, note)
         self.restarts: Counter[str] = Counter()
         self.recovery_s: dict[str, list[float]] = {}
         self._in_a_row: Counter[str] = Counter()
@@ -89,12 +89,11 @@ class Recovery:
 
     async def _stuck(self, fault: Fault, stages: Sequence[Stage]) -> Fault:
         backend = self.fleet.backend
-        waiting = [handle for handle, reference in stages if not backend.is_ready(reference)]
-        if not waiting:
+        if (waiting := first_waiting(self.fleet, stages)) is None:
             return fault
-        stack = await asyncio.to_thread(backend.stack, waiting[0])
+        stack = await asyncio.to_thread(backend.stack, waiting)
         where = f"; its stack:\n{stack}" if stack else ""
-        return Fault("stuck", waiting[0].name, f"{fault.detail}{where}", waiting[0])
+        return Fault("stuck", waiting.name, f"{fault.detail}{where}", waiting)
 
     async def _last_words(self, fault: Fault) -> str:
         log = await asyncio.to_thread(self.fleet.backend.log_tail, fault.who) if fault.who else ""

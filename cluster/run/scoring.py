@@ -85,6 +85,23 @@ class ScoringWorker:
         self.worker.close()
 
 
+class AsyncScoringWorker(ScoringWorker):
+    """The reward stage as an asynchronous actor: calls wait for the scoring process without blocking the actor."""
+
+    def __init__(self, verifiers: Mapping[str, Verifier], config: RewardsConfig, index: int = 0) -> None:
+        super().__init__(verifiers, config, index)
+
+    async def score(self, rollout: Rollout) -> tuple[Rollout, WaveReport]:  # type: ignore[override]
+        """See `ScoringWorker.score`."""
+        start = time.perf_counter()
+        groups = await self.worker.score(list(rollout.groups))
+        return self._finished(rollout, groups, start)
+
+    async def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:  # type: ignore[override]
+        """See `ScoringWorker.score_texts`."""
+        return super().score_texts(prompts, texts)
+
+
 def wave_report(rollout: Rollout, groups: Sequence[Group], reward_s: float) -> WaveReport:
     """The driver's view of scored groups."""
     return WaveReport(

@@ -193,7 +193,7 @@ async def make_driver(
         incarnation = resumed.learner.snapshot.incarnation + 1
         restored = [rank.call("restore", resumed.learner, incarnation) for rank in fleet.learners]
         await fleet.get_all(restored, "restoring the learner")
-    recovery = Recovery(fleet, p.max_restarts, note)
+    recovery = Recovery(fleet, p.max_restarts, note, config.ray.warning_s)
     states = await fleet.get_all([rank.call("state") for rank in fleet.learners], "the learner's state")
     learning = Learning(fleet, recovery, config.max_staleness, states[0], incarnation)
     masked = MaskedShare(config.rewards.masked_limit, note)

@@ -11,7 +11,7 @@ from cluster.config import RunConfig
 from cluster.run.fleet import Fleet, Handle, Inline
 from cluster.run.preflight import model_path
 from cluster.run.recipe import Recipe
-from cluster.run.scoring import ScoringWorker
+from cluster.run.scoring import AsyncScoringWorker, ScoringWorker
 from experts.expert import Expert
 from experts.state import RouterShape
 from learner.engine import Rendezvous
@@ -109,7 +109,7 @@ def start_inline(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Starte
 
 async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Started:
     """All workers as actors of a Ray cluster this process has joined; models load in parallel."""
-    from cluster.run.actors import AsyncScoringWorker, LearnerActor, spawn
+    from cluster.run.actors import LearnerActor, spawn
     from cluster.run.faults import RayBackend
 
     backend = RayBackend()
@@ -119,14 +119,15 @@ async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> 
         spawn(Recipe(f"Reward({i})", AsyncScoringWorker, (dict(verifiers), config.rewards, i)), concurrency=16)
         for i in range(config.rewards.workers)
     ]
-    fleet = Fleet(experts, rollouts, rewards, [], config.ray.start_deadline_s, backend)
+    c = config.learner
+    learners = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (r,), c.cpus, c.gpus)) for r in range(c.ranks)]
+    fleet = Fleet(experts, rollouts, rewards, learners, config.ray.start_deadline_s, backend)
     infos = await fleet.get_all([h.call("info") for h in [*experts, *rollouts]], "starting the experts and the policy")
     expert_infos, policy_info = infos[: len(experts)], infos[len(experts)]
     shape = shape_of(config, expert_infos, policy_info)
-    spec, c = learner_spec(config, shape), config.learner
-    learners = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (spec,), c.cpus, c.gpus)) for r in range(c.ranks)]
+    told = [rank.start_with("configure", learner_spec(config, shape)) for rank in learners]
     attached = [r.start_with("attach", shape) for r in rollouts]
-    await fleet.get_all([join_ranks(fleet, learners), *attached], "starting the learner")
+    await fleet.get_all([join_ranks(fleet, learners), *told, *attached], "starting the learner")
     whole = Fleet(experts, rollouts, rewards, learners, config.ray.deadline_s, backend)
     return Started(whole, shape, expert_infos, policy_info)
 

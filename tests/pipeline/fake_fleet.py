@@ -273,7 +273,7 @@ class Stage:
             some("Expert", 1), some("Rollout", c.policy.workers), some("Reward", 2), some("Learner", 1),
             c.ray.deadline_s, Backend(),
         )  # fmt: skip
-        self.recovery = Recovery(self.fleet, c.pipeline.max_restarts, self.notes.notes.append)
+        self.recovery = Recovery(self.fleet, c.pipeline.max_restarts, self.notes.notes.append, c.ray.warning_s)
         first = self.world.snapshot()
         state = LearnerState(first, OptimizerState(0, {}), {0: first}, {})
         self.learning = Learning(self.fleet, self.recovery, c.max_staleness, state)

@@ -109,6 +109,21 @@ def test_a_worker_that_hangs_is_named_with_its_stack_and_started_again() -> None
     assert note.startswith("Rollout(1) stuck") and "0.5 s" in note and "stack of Rollout(1)" in note
 
 
+@pytest.mark.parametrize("name", ["Rollout(1)", "Learner(0)"])
+def test_a_wait_that_grows_long_is_spoken_of_before_the_deadline(name: str) -> None:
+    stage = Stage(config(max_staleness=1, ray={"deadline_s": 1.0, "warning_s": 0.2}), World())
+    stage.worker(name).hangs = 1
+    stage.run()
+    assert_whole(stage)
+    early, late = (
+        next(i for i, note in enumerate(stage.notes.notes) if word in note) for word in ("waits for", "stuck")
+    )
+    assert early < late
+    note = stage.notes.notes[early]
+    what = "the call for prompts " if name == "Rollout(1)" else "update 1 "
+    assert note.startswith(what) and f"waits for {name} since 0 s (the deadline is 1 s); its stack:" in note
+
+
 def test_a_poisonous_prompt_ends_as_a_dead_letter_and_spares_the_others() -> None:
     stage = Stage(config(max_staleness=1, pipeline={"max_restarts": 50}), World())
     for index in range(3):
