@@ -206,7 +206,8 @@ class Driver:
         if self.stop.is_set() or not self.fleet.backend.survives:
             return
         size, upcoming = self.config.prompts_per_call, self.admission.upcoming(self.config.learner.groups)
-        self._ahead = {first: features for first, features in self._ahead.items() if first in upcoming}
+        wanted = {*upcoming, *self.admission.running}  # some calls are issued but not under way yet
+        self._ahead = {first: features for first, features in self._ahead.items() if first in wanted}
         for at in range(0, len(upcoming) - size + 1, size):
             if upcoming[at] not in self._ahead:
                 prompts = [self.stream.prompt(ordinal) for ordinal in upcoming[at : at + size]]

@@ -123,6 +123,7 @@ class Records:
                 "wall_s": wall_s,
                 "train_wall_s": driver.elapsed_s,
                 "samples": driver.samples,
+                **driver.recovery.summary(),
                 "router_parameters": sum(a.size for a in _last_router(self.folder).values()),
                 "experts": list(router.experts),
                 "frozen": frozen,

@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
 
 from cluster.run.fleet import Fault, Fleet, Handle, StuckError
 from cluster.run.watchdog import Stage, Watchdog, first_waiting
@@ -32,6 +34,16 @@ class Recovery:
         self.recovery_s: dict[str, list[float]] = {}
         self._in_a_row: Counter[str] = Counter()
         self._ready: set[asyncio.Task[None]] = set()
+
+    def summary(self) -> dict[str, Any]:
+        """Restarts by worker, and seconds from a fault until its worker was ready again, by kind of worker."""
+        return {
+            "restarts": dict(sorted(self.restarts.items())),
+            "recovery_s": {
+                kind: {"count": len(times), "median": median(times), "longest": max(times)}
+                for kind, times in sorted(self.recovery_s.items())
+            },
+        }
 
     def succeeded(self, handles: Sequence[Handle]) -> None:
         """These workers have just answered."""

@@ -65,7 +65,6 @@ class FakeWorker:
     losses: Counter[str] = field(default_factory=Counter)
     raises: dict[str, Exception] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
-    log: list[str] = field(default_factory=list)
     queue: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def call(self, method: str, *args: Any, returns: int = 1, **kwargs: Any) -> Any:
@@ -78,7 +77,7 @@ class FakeWorker:
         async with self.queue:
             if generation in self.dead or self.generation != generation:
                 raise Death(self, generation)
-            self.log.append(method)
+            self.world.timeline.append(method)
             if method in ("generate", "update", "encode"):
                 await asyncio.sleep(self.world.rng.expovariate(1 / self.world.delay_s))
             prompts = values[0] if method == "generate" else ()
@@ -148,6 +147,7 @@ class World:
         self.rng, self.delay_s, self.no_signal = random.Random(seed), delay_s, no_signal
         self.version, self.incarnation = 0, 0
         self.trained: list[tuple[int, int]] = []
+        self.timeline: list[str] = []
 
     def encode(self, messages: Any) -> list[int]:
         """Features of nobody."""

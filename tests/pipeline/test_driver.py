@@ -34,6 +34,17 @@ def test_it_trains_every_prompt_once_within_the_bound(staleness: int, per_call: 
         assert max(record["staleness/max"] for record in stage.notes.steps) > 0, "nothing ran ahead"
 
 
+@pytest.mark.parametrize(("staleness", "per_call"), [(0, 6), (0, 3), (2, 6)])
+def test_features_are_made_once_and_those_of_the_next_update_ahead(staleness: int, per_call: int) -> None:
+    stage = Stage(config(max_staleness=staleness, pipeline={"prompts_per_call": per_call}), World())
+    stage.run()
+    assert_whole(stage)
+    calls = 20 * 6 // per_call
+    assert stage.world.timeline.count("encode") == stage.world.timeline.count("generate") == calls
+    before_first_update = stage.world.timeline[: stage.world.timeline.index("update")]
+    assert before_first_update.count("encode") >= 2 * 6 // per_call
+
+
 @pytest.mark.parametrize("name", ["Expert(0)", "Rollout(1)", "Reward(0)", "Learner(0)"])
 def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(name: str) -> None:
     stage = Stage(config(max_staleness=2), World())
