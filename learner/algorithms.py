@@ -33,7 +33,8 @@ class TokenBatch:
     """What a loss sees of some whole groups; only `logprobs` carries gradient.
 
     logprobs, old, sampler: of the router being trained, of the one that sampled (recomputed by the
-        learner), and as the engine reported them.  reference: None without a KL term.
+        learner), and as the engine reported them.  reference: None where no KL is measured, and equal
+        to `logprobs` for groups whose KL is not.
     rewards, ok: (groups, samples); rows are group-major.
     """
 
@@ -107,7 +108,7 @@ class GRPO:
         per_token = policy * correction
         if batch.reference is not None and c.kl.estimator != "k1_reward":
             weight = ratio * correction if c.kl.estimator == "k3_weighted" else 1.0
-            per_token = per_token + c.kl.coefficient * kl * weight
+            per_token = per_token + c.kl.coefficient / c.kl.share * kl * weight
         weights = token_weights(batch.valid, c.aggregation, denominators)
         return LossTerms(
             loss=(torch.where(batch.valid, per_token, 0.0) * weights).sum(),

@@ -26,12 +26,21 @@ class KLConfig(BaseModel):
     estimator: `k3`; `k3_weighted` multiplies it by the ratio, which makes its gradient that of the
         tokens' KL(policy || reference), stale or not; `k1_reward` takes the summed k1 off the reward
         instead of adding to the loss.
+    share: of the groups, drawn by prompt: only their KL is computed, and counts 1 / share times, so that the
+        penalty keeps its expectation at a part of its cost.
     """
 
     model_config = FROZEN
     coefficient: float = Field(0.04, ge=0.0)
     reference: Literal["no_prefix", "initial_router", "none"] = "no_prefix"
     estimator: Literal["k3", "k3_weighted", "k1_reward"] = "k3"
+    share: float = Field(1.0, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> KLConfig:
+        if self.share < 1 and self.estimator == "k1_reward":
+            raise ValueError("algorithm.kl.share below 1 needs an estimator in the loss: k3 or k3_weighted")
+        return self
 
 
 class AlgorithmConfig(BaseModel):

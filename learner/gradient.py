@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from experts.loading import FrozenModel
 from learner.advantages import has_signal
 from learner.algorithms import GRPO, LossTerms, TokenBatch
 from learner.batch import micro_batches, targets
+from learner.config import KLConfig
 from learner.logprobs import TokenStatistics, completion_logprobs
 from learner.losses import Denominators
 from rollout.sequence import CompletionBatch, PrefixPosition, lay_out_completions, lay_out_prompts
@@ -55,9 +57,9 @@ class PrefixGradient:
     """Runs the frozen policy forwards and backwards for the groups of one rank.
 
     Args:
-        reference: which policy the KL is measured against: `no_prefix`, `initial_router` or `none`.
-        penalised: whether the KL is in the loss.  If not, groups without signal add exactly nothing to the
-            gradient: they are not computed, and the metrics leave them out.
+        kl: how the KL is measured.  Groups without signal whose KL is not in the loss add exactly nothing to
+            the gradient: they are not computed, and the metrics leave them out.
+        seed: of the draw that says whose KL is measured, where it is not everybody's.
     """
 
     def __init__(
@@ -66,12 +68,12 @@ class PrefixGradient:
         algorithm: GRPO,
         position: PrefixPosition,
         microbatch_tokens: int,
-        reference: str = "no_prefix",
-        penalised: bool = True,
+        kl: KLConfig,
+        seed: int = 0,
     ) -> None:
         self.policy, self.algorithm, self.position = policy, algorithm, position
-        self.microbatch_tokens, self.reference = microbatch_tokens, reference
-        self.penalised = penalised and reference != "none"
+        self.microbatch_tokens, self.kl, self.seed = microbatch_tokens, kl, seed
+        self.penalised = kl.coefficient > 0 and kl.reference != "none"
 
     def __call__(
         self,
@@ -90,15 +92,16 @@ class PrefixGradient:
             initial_prefix: of the router before training, when it is the KL reference.
             measure_kl: also when it is not in the loss.
         """
-        reference = self.reference if self.penalised or measure_kl else "none"
         gradient, sums = torch.zeros_like(prefix), Sums()
-        wanted = [i for i, group in enumerate(groups) if self.penalised or _has_signal(group)]
+        measured = [(self.penalised or measure_kl) and self._is_measured(group) for group in groups]
+        wanted = [i for i, group in enumerate(groups) if (self.penalised and measured[i]) or _has_signal(group)]
         for batch in micro_batches([groups[i] for i in wanted], prefix.shape[1], self.microbatch_tokens):
             rows = [wanted[i] for i in batch]
             leaf = prefix[rows].detach().requires_grad_(True)
             old = None if old_prefix is None else old_prefix[rows]
             initial = None if initial_prefix is None else initial_prefix[rows]
-            loss = self._loss([groups[i] for i in rows], leaf, old, initial, reference, denominators, sums)
+            known = [measured[i] for i in rows]
+            loss = self._loss([groups[i] for i in rows], leaf, old, initial, known, denominators, sums)
             if loss.requires_grad:
                 loss.backward()
             if leaf.grad is not None:
@@ -111,7 +114,7 @@ class PrefixGradient:
         leaf: Prefix,
         old_prefix: Prefix | None,
         initial: Prefix | None,
-        against: str,
+        measured: list[bool],
         denominators: Denominators,
         sums: Sums,
     ) -> Tensor:
@@ -121,16 +124,37 @@ class PrefixGradient:
             old = statistics.logprobs.detach()
             if old_prefix is not None:
                 old = self._statistics(groups, old_prefix, slots, temperature)[0].logprobs
-            reference = None
-            if against == "no_prefix":
-                reference = self._statistics(groups, None, 0, temperature)[0].logprobs
-            elif against == "initial_router":
-                reference = self._statistics(groups, initial, slots, temperature)[0].logprobs
+            reference = self._reference(groups, initial, measured, statistics.logprobs) if any(measured) else None
         target = targets(groups, completions)
         batch = TokenBatch(statistics.logprobs, old, target.sampler, reference, target.rewards, target.ok, target.valid)
         terms = self.algorithm.loss(batch, denominators)
         _count(sums, batch, statistics, terms)
+        if reference is not None:
+            counted = target.valid & torch.tensor(measured, device=leaf.device).repeat_interleave(
+                len(target.valid) // len(groups)
+            ).unsqueeze(1)
+            sums.add(kl=torch.where(counted, terms.kl, 0.0).sum().item(), kl_tokens=counted.sum().item())
         return terms.loss
+
+    def _reference(
+        self, groups: Sequence[Group], initial: Prefix | None, measured: list[bool], logprobs: Tensor
+    ) -> Tensor:
+        """The reference's log-probabilities; of groups that are not measured the policy's own: KL and gradient 0."""
+        chosen = [i for i, asked in enumerate(measured) if asked]
+        some = [groups[i] for i in chosen]
+        prefix = None if initial is None else initial[chosen]
+        slots = 0 if prefix is None else prefix.shape[1]
+        found = self._statistics(some, prefix, slots, groups[0].sampling.temperature)[0].logprobs
+        reference = logprobs.detach().clone()
+        by_group = reference.view(len(groups), -1, reference.shape[1])
+        by_group[chosen, :, : found.shape[1]] = found.view(len(some), -1, found.shape[1])
+        return reference
+
+    def _is_measured(self, group: Group) -> bool:
+        if self.kl.reference == "none":
+            return False
+        drawn = xxhash.xxh3_64_intdigest(f"{self.seed}|{group.ordinal}|kl".encode()) / 2**64
+        return drawn < self.kl.share
 
     def _statistics(
         self, groups: Sequence[Group], prefix: Prefix | None, slots: int, temperature: float
@@ -161,5 +185,3 @@ def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: Lo
         mismatch=mismatch.sum().item(),
         ratio=torch.where(valid, terms.ratio, 0.0).sum().item(),
     )
-    if batch.reference is not None:
-        sums.add(kl=torch.where(valid, terms.kl, 0.0).sum().item())

@@ -101,8 +101,8 @@ class LearnerRank:
             build_algorithm(spec.algorithm),
             spec.router.prefix.position,
             spec.learner.microbatch_tokens,
-            spec.algorithm.kl.reference,
-            penalised=spec.algorithm.kl.coefficient > 0,
+            spec.algorithm.kl,
+            spec.seed,
         )
         self.version, self.incarnation = 0, 0
         # A replay on other ranks or threads rebuilds routers to the last bits only; the prefix is checked all the same.
@@ -196,7 +196,7 @@ class LearnerRank:
         measure_kl = self.gradient.penalised or self.version % KL_EVERY == 0
         with torch.no_grad():
             old = self._old_prefix(groups, stacked, visible, prefix)
-            wants_initial = measure_kl and self.gradient.reference == "initial_router"
+            wants_initial = measure_kl and self.gradient.kl.reference == "initial_router"
             initial = self._run_old(self.initial, stacked, visible) if wants_initial else None
         gradient, sums = self.gradient(groups, prefix.detach(), old, initial, denominators, measure_kl)
         self.engine.backward(prefix, gradient)

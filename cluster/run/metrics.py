@@ -63,7 +63,7 @@ def step_metrics(
         "groups/no_signal": _mean(not has_signal(group.rewards, group.statuses) for group in groups),
         "rewards/masked_fraction": 1 - len(rewards) / completions,
         **{f"rewards/masked_fraction/{task}": _masked(mine) for task, mine in by_task(groups).items()},
-        **({"policy/kl": sums.mean("kl")} if "kl" in sums.values else {}),
+        **({"policy/kl": sums.mean("kl", per="kl_tokens")} if "kl" in sums.values else {}),
         "policy/entropy": sums.mean("entropy"),
         "policy/ratio": sums.mean("ratio"),
         "policy/clip_fraction": sums.mean("clipped"),

@@ -37,6 +37,7 @@ def test_a_resolved_configuration_loads_again(kind, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"kl": {"share": 0.5, "estimator": "k1_reward"}}, "kl.share below 1 needs an estimator in the loss"),
         ({"correction": "icepop", "correction_cap": 3.0}, "correction_cap has no effect with correction: icepop"),
         ({"correction": "none", "correction_cap": 3.0}, "set correction: tis or leave correction_cap out"),
         ({"icepop_low": 0.4}, "icepop_low has no effect with correction: tis; set correction: icepop"),

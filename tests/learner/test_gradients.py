@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from experts.state import Arrays, RouterSnapshot
+from experts.state import Arrays, RouterSnapshot, stack_features
+from learner.algorithms import build_algorithm
 from learner.batch import global_denominators
+from learner.config import AlgorithmConfig, KLConfig
 from learner.engine import Rendezvous, free_port
+from learner.gradient import PrefixGradient
 from rollout.types import Group, Prompt
 from tests.learner.gradient_cases import CASES, algorithm, at_version_one, gradients, second_router
 from tests.learner.naive import plain_gradients
@@ -111,6 +115,12 @@ def error(found: dict[str, np.ndarray], case: tuple[int | str, ...], wanted: dic
     return float(max(errors))
 
 
+def learner_inputs(groups, features) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What the router takes."""
+    visible = torch.from_numpy(np.stack([g.draws.expert_mask for g in groups]))
+    return stack_features(features), visible
+
+
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 
 
@@ -143,6 +153,47 @@ def test_without_a_kl_term_groups_without_signal_are_not_computed_and_the_gradie
     assert error({f"one/{name}": array for name, array in found.items()}, ("one",), {"one": right}) < TOLERANCE
     assert sorted(computed) == [g.ordinal for g in groups if len({s.reward for s in g.scores if s.status == "ok"}) > 1]
     assert 0 < len(computed) < len(groups)
+
+
+def test_a_share_of_the_groups_kl_gives_the_whole_kl_s_gradient_on_average(world: World, groups, routers):
+    """Over many draws the mean of the gradients is that of the whole penalty, within its own standard error."""
+    config = {"kl": {"coefficient": 0.3, "share": 0.3}}
+    learner = world.learner(staleness=1, **config)
+    learner.restore(at_version_one(learner), 0)
+    features = [list(e.features) for e in encode([g.prompt for g in groups])]
+    denominators = global_denominators(groups, None)
+    with torch.no_grad():
+        prefix = learner.engine(*learner_inputs(groups, features)).prefix
+        old = learner._old_prefix(groups, *learner_inputs(groups, features), prefix)
+
+    def gradient(share: float, seed: int) -> torch.Tensor:
+        kl = KLConfig(coefficient=0.3, share=share)
+        algorithm = AlgorithmConfig(kl=kl)
+        one = PrefixGradient(learner.policy, build_algorithm(algorithm), "front", 10**6, kl, seed)
+        return one(groups, prefix, old, None, denominators)[0]
+
+    whole = gradient(1.0, 0)
+    draws = torch.stack([gradient(0.3, seed) for seed in range(150)])
+    error = (draws.mean(dim=0) - whole).norm()
+    spread = (draws - draws.mean(dim=0)).flatten(1).norm(dim=1).square().mean().sqrt() / len(draws) ** 0.5
+    assert error < 2 * spread
+    assert spread < 0.2 * whole.norm(), "too few draws to say anything"
+
+
+def test_only_the_chosen_groups_and_those_with_signal_are_computed(world: World, groups, routers):
+    learner = world.learner(staleness=1, kl={"coefficient": 0.3, "share": 0.3})
+    learner.restore(at_version_one(learner), 0)
+    features = [list(e.features) for e in encode([g.prompt for g in groups])]
+    sums = learner.backward(groups, features, global_denominators(groups, None))
+    learner.finish_update()
+    chosen = [learner.gradient._is_measured(g) for g in groups]
+    assert 0 < sum(chosen) < len(groups)
+    valid = [
+        sum(len(c.tokens) for c, s in zip(g.completions, g.scores, strict=True) if s.status == "ok") for g in groups
+    ]
+    signal = [len({s.reward for s in g.scores if s.status == "ok"}) > 1 for g in groups]
+    assert sums.values["kl_tokens"] == sum(n for n, mine in zip(valid, chosen, strict=True) if mine)
+    assert sums.values["tokens"] == sum(n for n, a, b in zip(valid, chosen, signal, strict=True) if a or b)
 
 
 def test_the_cases_are_not_trivial(groups, wanted, routers):
