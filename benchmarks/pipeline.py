@@ -49,7 +49,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default="abcd", help="which parts, e.g. abd for all but the two trainings")
-    parser.add_argument("--hosts", type=int, default=4, help="processes the simulated workers live in")
+    parser.add_argument("--hosts", type=int, default=6, help="processes the simulated workers live in, 3 at least")
     parser.add_argument("--steps", type=int, default=30, help="updates a simulated run")
     parser.add_argument("--rounds", type=int, default=3, help="of the control plane against the bare chain, in turns")
     parser.add_argument("--config", default="configs/quickstart.yaml", help="what part c trains")
@@ -57,8 +57,8 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(line)
     if not given.parts or set(given.parts) - set("abcd"):
         parser.error("--parts takes letters from abcd")
-    if min(given.hosts, given.steps - 5, given.rounds) < 1:
-        parser.error("--hosts and --rounds must be at least 1, --steps at least 6")
+    if min(given.hosts - 2, given.steps - 5, given.rounds) < 1:
+        parser.error("--hosts must be at least 3, --steps 6, --rounds 1")
     return given
 
 
@@ -70,7 +70,7 @@ async def bare_chain(hosts: Sequence[Any], groups: int, batch: int) -> float:
     learner, expert, *others = hosts
     policies, verifiers = workers("Rollout", WORKERS, others), workers("Reward", WORKERS, others)
     encoder, trainer, stream = workers("Expert", 1, [expert])[0], workers("Learner", 1, [learner])[0], Stream()
-    room = asyncio.Semaphore(3 * batch)
+    room = asyncio.Semaphore(3)
     router = trainer.call("snapshot")
 
     async def through(ordinal: int) -> list[Any]:
@@ -82,15 +82,11 @@ async def bare_chain(hosts: Sequence[Any], groups: int, batch: int) -> float:
         return [scored, feature]
 
     async def one_batch(ordinals: range) -> None:
-        for _ in ordinals:
-            await room.acquire()
-        pairs = await asyncio.gather(*(through(ordinal) for ordinal in ordinals))
-        parts = [scored for scored, _ in pairs] + [feature for _, feature in pairs]
-        done = [trainer.call("update", list(ordinals), len(ordinals), *parts)]
-        done += [trainer.call("snapshot"), trainer.call("moments")]
-        await asyncio.gather(*done)
-        for _ in ordinals:
-            room.release()
+        async with room:
+            pairs = await asyncio.gather(*(through(ordinal) for ordinal in ordinals))
+            parts = [scored for scored, _ in pairs] + [feature for _, feature in pairs]
+            done = [trainer.call("update", list(ordinals), len(ordinals), *parts)]
+            await asyncio.gather(*done, trainer.call("snapshot"), trainer.call("moments"))
 
     began = time.perf_counter()
     await asyncio.gather(*(one_batch(range(at, at + batch)) for at in range(0, groups, batch)))
@@ -180,7 +176,7 @@ async def publication(hosts: Sequence[Any]) -> dict[str, Any]:
         done = await asyncio.gather(*(worker.call("receive", router) for worker in receivers))
         seconds.append(max(done) - began)
     size = len(cloudpickle.dumps(ray.get(router)))
-    return {"workers": WORKERS, "seconds": sorted(seconds)[len(seconds) // 2], "bytes": size, "copies_on_a_node": 1}
+    return {"workers": WORKERS, "seconds": sorted(seconds)[len(seconds) // 2], "bytes": size, "processes": len(others)}
 
 
 def simulated(given: argparse.Namespace) -> dict[str, Any]:
@@ -227,8 +223,8 @@ def render(found: dict[str, Any]) -> Table:
                 figure = f"{run['samples_per_second']:.0f} samples/s; {shown}"
             table.add_row(f"c: quickstart, {name}", figure, "", end_section=name != "S = 0")
     if d := found.get("publication"):
-        figure = f"{1000 * d['seconds']:.0f} ms, {d['bytes'] / 1e6:.1f} MB once a node"
-        table.add_row(f"d: a new router at {d['workers']} workers", figure, "")
+        figure = f"{1000 * d['seconds']:.0f} ms, {d['bytes'] / 1e6:.1f} MB"
+        table.add_row(f"d: a new router at {d['workers']} workers in {d['processes']} processes", figure, "")
     return table
 
 

@@ -117,6 +117,7 @@ class Simulated:
 
     name: str
     host: Any
+    generation: int = 0
 
     @property
     def actor_id(self) -> str:

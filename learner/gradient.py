@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experts.loading import FrozenModel
 from learner.advantages import has_signal
-from learner.algorithms import GRPO, LossTerms, TokenBatch
+from learner.algorithms import ALGORITHMS, GRPO, LossTerms, TokenBatch
 from learner.batch import micro_batches, targets
 from learner.config import KLConfig
 from learner.logprobs import TokenStatistics, completion_logprobs
@@ -94,7 +94,7 @@ class PrefixGradient:
         """
         gradient, sums = torch.zeros_like(prefix), Sums()
         measured = [(self.penalised or measure_kl) and self._is_measured(group) for group in groups]
-        wanted = [i for i, group in enumerate(groups) if (self.penalised and measured[i]) or _has_signal(group)]
+        wanted = [i for i, group in enumerate(groups) if (self.penalised and measured[i]) or self._teaches(group)]
         for batch in micro_batches([groups[i] for i in wanted], prefix.shape[1], self.microbatch_tokens):
             rows = [wanted[i] for i in batch]
             leaf = prefix[rows].detach().requires_grad_(True)
@@ -150,6 +150,12 @@ class PrefixGradient:
         by_group[chosen, :, : found.shape[1]] = found.view(len(some), -1, found.shape[1])
         return reference
 
+    def _teaches(self, group: Group) -> bool:
+        # An algorithm of the user's own may find something in groups whose rewards are all the same.
+        if type(self.algorithm) not in ALGORITHMS.values():
+            return True
+        return has_signal([score.reward for score in group.scores], [score.status for score in group.scores])
+
     def _is_measured(self, group: Group) -> bool:
         if self.kl.reference == "none":
             return False
@@ -163,10 +169,6 @@ class PrefixGradient:
         prompts = lay_out_prompts([g.prompt_tokens for g in groups], slots, pad_id, self.position, device=device)
         completions = lay_out_completions(prompts, [[c.tokens for c in g.completions] for g in groups], pad_id)
         return completion_logprobs(self.policy, prompts, prefix, completions, temperature), completions
-
-
-def _has_signal(group: Group) -> bool:
-    return has_signal([score.reward for score in group.scores], [score.status for score in group.scores])
 
 
 def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: LossTerms) -> None:

@@ -17,7 +17,6 @@ from rewards.verify import RewardsError, Verifier
 from rollout.types import RewardStatus, Score
 
 LATE_IN_A_ROW = 3
-NOT_TRIED = f"not scored: the task's verifier gave no verdict {LATE_IN_A_ROW} times in a row"
 START_S = 180.0  # a cold import of a large verifier library on a loaded machine stays well below this
 
 
@@ -76,7 +75,8 @@ class ScoringProcess:
                 late[task] = late[task] + 1 if score.status is RewardStatus.TIMEOUT else 0
             waiting = waiting[len(answered) :]
             hopeless = {task for task, count in late.items() if count >= LATE_IN_A_ROW}
-            scores |= {i: _masked(RewardStatus.TIMEOUT, NOT_TRIED) for i in waiting if items[i][0] in hopeless}
+            not_tried = f"no verdict within {self._timeout_s:g} s, {LATE_IN_A_ROW} times in a row: not asked again"
+            scores |= {i: _masked(RewardStatus.TIMEOUT, not_tried) for i in waiting if items[i][0] in hopeless}
             waiting = [i for i in waiting if i not in scores]
         return [scores[i] for i in range(len(items))]
 

@@ -93,6 +93,11 @@ class RayHandle:
         return self.recipe.name
 
     @property
+    def generation(self) -> int:
+        """How many processes this worker has had before the present one."""
+        return len(self.replaced)
+
+    @property
     def actor_id(self) -> str:
         """Ray's id of the present process, in hex."""
         return self.actor._actor_id.hex()
@@ -129,7 +134,7 @@ def _create(handle: RayHandle) -> Any:
     recipe = handle.recipe
     options: dict[str, Any] = {
         # The name of a process that has just ended may still be taken.
-        "name": recipe.name + (f" #{len(handle.replaced)}" if handle.replaced else ""),
+        "name": recipe.name + (f" #{handle.generation}" if handle.generation else ""),
         "num_cpus": recipe.cpus,
         "num_gpus": recipe.gpus,
         "max_restarts": 0,

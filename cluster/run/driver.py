@@ -15,20 +15,17 @@ from typing import Any, Protocol
 
 from cluster.config import RunConfig
 from cluster.run.admission import Admission
-from cluster.run.fleet import Fault, Fleet, Handle, Reference
+from cluster.run.fleet import Fault, Fleet, Handle, Reference, Stage
 from cluster.run.learning import Learning, LostGroupsError
 from cluster.run.masking import MaskedShare
 from cluster.run.metrics import PipelineState, StepTimes, step_metrics
 from cluster.run.recovery import Recovery, RunError
 from cluster.run.scoring import GroupReport, WaveReport, wave_report
-from cluster.run.watchdog import Stage
 from learner.advantages import has_signal
 from learner.gradient import Sums
 from learner.learner import LearnerState
 from rewards.stream import PromptStream
 from rollout.types import Group, Prompt, Rollout, Sampling
-
-BREATH_S = 0.001  # enough for the other coroutine to send its calls off
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,18 @@ class Features:
 
     prompts: list[Prompt]
     experts: list[Reference]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A call under way: where it goes through, and what will come of it."""
+
+    ordinals: list[int]
+    stages: list[Stage]
+    scored: Reference
+    report: Reference
+    features: list[Reference]
+    loads: list[str]
 
 
 class Sink(Protocol):
@@ -90,12 +99,13 @@ class Driver:
         self.recovery, self.learning, self.masked = recovery, learning, masked
         self.stop = asyncio.Event()
         self._wake: asyncio.Future[None] | None = None
-        self.elapsed_s, self.samples = 0.0, 0
+        self.elapsed_s, self.samples, self._last = 0.0, 0, 0.0
         self._waves: dict[int, Wave] = {}
         self._fresh: list[WaveReport] = []
         self._filtered = 0
         self._load: Counter[str] = Counter()
         self._ahead: dict[int, Features] = {}
+        self._sent: list[Sent] = []
         self._changed = asyncio.Condition()
         self._writing: asyncio.Task[None] | None = None
         sampling = config.sampling
@@ -141,13 +151,26 @@ class Driver:
     # Rollouts
 
     async def _rollouts(self) -> None:
-        """Starts calls whenever admission has room for one."""
+        """Sends calls whenever admission has room for one."""
         async with asyncio.TaskGroup() as calls:
             while True:
                 async with self._changed:
-                    while not (ordinals := self._issue()):
+                    self._send_calls()
+                    while not self._sent:
                         await self._changed.wait()
-                calls.create_task(self._call(ordinals))
+                        self._send_calls()
+                sent, self._sent = self._sent, []
+                for call in sent:
+                    calls.create_task(self._receive(call))
+
+    def _send_calls(self) -> None:
+        """Sends all calls there is room for."""
+        sent = []
+        while not self.stop.is_set() and (ordinals := self._issue()):
+            sent.append(self._send(ordinals))
+        if sent:
+            self._encode_ahead()
+        self._sent += sent
 
     def _issue(self) -> list[int]:
         a, size = self.admission, self.config.prompts_per_call
@@ -156,46 +179,46 @@ class Driver:
             return a.issue(size)
         return []
 
-    async def _call(self, ordinals: list[int]) -> None:
-        """Some prompts through experts, policy and verifiers; on failure they are to run again."""
-        stages: list[Stage] = []
+    def _send(self, ordinals: list[int]) -> Sent:
+        """Some prompts through experts, policy and verifiers."""
+        prompts = [self.stream.prompt(ordinal) for ordinal in ordinals]
+        features = self._encode(prompts)
+        policy, verifier = self._idlest(self.fleet.rollouts), self._idlest(self.fleet.rewards)
+        rollout = policy.call("generate", prompts, self._sampling, self.learning.router, *features)
+        scored, report = verifier.call("score", rollout, returns=2)
+        stages = [Stage.of(expert, reference) for expert, reference in zip(self.fleet.experts, features, strict=True)]
+        stages += [Stage.of(policy, rollout), Stage.of(verifier, report)]
+        loads = [policy.name, verifier.name]
+        self._load.update(loads)
+        return Sent(ordinals, stages, scored, report, features, loads)
+
+    async def _receive(self, sent: Sent) -> None:
+        """What comes of a call; on failure its prompts are to run again."""
         try:
-            with self.recovery.watchdog.over(f"the call for {_prompts(ordinals)}", stages):
-                wave = await self._through(ordinals, stages)
+            with self.recovery.watchdog.over(f"the call for {_prompts(sent.ordinals)}", sent.stages):
+                report = await self.fleet.get(sent.report, _prompts(sent.ordinals))
         except self.fleet.backend.errors as error:
-            fault = await self.recovery.after(error, stages)
+            fault = await self.recovery.after(error, sent.stages)
+            # What was made ahead may be of the worker that is gone.
+            self._ahead.clear()
             if fault.kind == "lost":
                 self.learning.publish()
             async with self._changed:
-                for ordinal in self.admission.fail(ordinals, blameless=fault.kind == "lost"):
+                for ordinal in self.admission.fail(sent.ordinals, blameless=fault.kind == "lost"):
                     self.sink.dead(ordinal, self.stream.prompt(ordinal).task, fault)
                 self._changed.notify_all()
             return
-        self.recovery.succeeded([handle for handle, _ in stages])
-        self._fresh.append(wave.report)
-        self.masked.observe(wave.report.groups)
-        async with self._changed:
-            self._waves.update(dict.fromkeys(ordinals, wave))
-            self.admission.finish(ordinals, {group.ordinal: group.bytes for group in wave.report.groups})
-            if self.config.algorithm.dynamic_sampling:
-                self._filter(wave.report.groups)
-            self._changed.notify_all()
-
-    async def _through(self, ordinals: list[int], stages: list[Stage]) -> Wave:
-        prompts = [self.stream.prompt(ordinal) for ordinal in ordinals]
-        features = self._encode(prompts)
-        stages += zip(self.fleet.experts, features, strict=True)
-        policy, verifier = self._idlest(self.fleet.rollouts), self._idlest(self.fleet.rewards)
-        self._load.update([policy.name, verifier.name])
-        try:
-            rollout = policy.call("generate", prompts, self._sampling, self.learning.router, *features)
-            scored, report_ref = verifier.call("score", rollout, returns=2)
-            self._encode_ahead()
-            stages += [(policy, rollout), (verifier, report_ref)]
-            report = await self.fleet.get(report_ref, _prompts(ordinals))
         finally:
-            self._load.subtract([policy.name, verifier.name])
-        return Wave(scored, features, report)
+            self._load.subtract(sent.loads)
+        self.recovery.succeeded([stage.handle for stage in sent.stages])
+        self._fresh.append(report)
+        self.masked.observe(report.groups)
+        async with self._changed:
+            self._waves.update(dict.fromkeys(sent.ordinals, Wave(sent.scored, sent.features, report)))
+            self.admission.finish(sent.ordinals, {group.ordinal: group.bytes for group in report.groups})
+            if self.config.algorithm.dynamic_sampling:
+                self._filter(report.groups)
+            self._changed.notify_all()
 
     def _encode(self, prompts: list[Prompt]) -> list[Reference]:
         ahead = self._ahead.pop(prompts[0].ordinal, None)
@@ -203,11 +226,10 @@ class Driver:
 
     def _encode_ahead(self) -> None:
         """Features do not depend on the router: those of the next update are made while this one's prompts sample."""
-        if self.stop.is_set() or not self.fleet.backend.survives:
+        if not self.fleet.backend.survives:
             return
         size, upcoming = self.config.prompts_per_call, self.admission.upcoming(self.config.learner.groups)
-        wanted = {*upcoming, *self.admission.running}  # some calls are issued but not under way yet
-        self._ahead = {first: features for first, features in self._ahead.items() if first in wanted}
+        self._ahead = {first: features for first, features in self._ahead.items() if first in upcoming}
         for at in range(0, len(upcoming) - size + 1, size):
             if upcoming[at] not in self._ahead:
                 prompts = [self.stream.prompt(ordinal) for ordinal in upcoming[at : at + size]]
@@ -228,21 +250,18 @@ class Driver:
 
     async def _training(self) -> None:
         """Forms batches as they become ready and updates the router."""
-        started, last = time.perf_counter(), time.perf_counter()
-        before = self.elapsed_s
+        self._last = time.perf_counter()
         while self.step < self.config.steps and not self.stop.is_set():
             batch = await self._next_batch()
             if batch is None:
                 break
-            record = await self._update(batch, last)
-            if record is None:
+            before = self.step
+            await self._update(batch)
+            if self.step == before:
                 continue
-            last = time.perf_counter()
-            self.elapsed_s = before + last - started
-            self.sink.step(record)
             if self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps:
                 await self.save()
-            await self.sink.validate(self.step, self.learning.router)
+            await self.learning.again(lambda: self.sink.validate(self.step, self.learning.router))
         await self._written()
         if self.step % self.config.checkpoint.every and self.step < self.config.steps:
             await self.save()
@@ -255,8 +274,8 @@ class Driver:
                 await self._changed.wait()
         return None
 
-    async def _update(self, batch: list[int], last: float) -> dict[str, Any] | None:
-        """One update, and its record; None when some of the batch turned out to be lost."""
+    async def _update(self, batch: list[int]) -> None:
+        """One update, and its record; none when some of the batch turned out to be lost."""
         version, start = self.step, time.perf_counter()
         waves = list({id(self._waves[o]): self._waves[o] for o in batch}.values())
         try:
@@ -264,7 +283,7 @@ class Driver:
             results = await self.learning.update(batch, len(waves), parts)
         except LostGroupsError as error:
             await self._run_again(batch, error.fault)
-            return None
+            return
         learner_s = time.perf_counter() - start
         by_ordinal = {group.ordinal: group for wave in waves for group in wave.report.groups}
         groups = [by_ordinal[ordinal] for ordinal in batch]
@@ -281,21 +300,25 @@ class Driver:
             )
             self._filtered = 0
             self._changed.notify_all()
+        # The next rollouts start first: what only concerns the records happens beside them, but before any
+        # wait, so that a checkpoint never knows a step that the log does not.
+        self._send_calls()
         fresh, self._fresh = self._fresh, []
-        # The next rollouts start first: what only concerns the records happens beside them.
-        await asyncio.sleep(BREATH_S)
+        learned = Sums.merged([r.sums for r in results]), results[0].grad_norm
+        now = time.perf_counter()
+        times = StepTimes(now - self._last, learner_s)
+        self.elapsed_s, self._last = self.elapsed_s + now - self._last, now
+        experts = [expert.name for expert in self.config.experts]
+        metrics = step_metrics(fresh, groups, experts, version, learned, times, state)
+        self.sink.step({"step": version + 1, "ordinals": batch, **metrics})
         if self.config.checkpoint.groups:
             await self._written()
             self._writing = asyncio.create_task(self._keep_groups(version + 1, batch, waves))
-        learned = Sums.merged([r.sums for r in results]), results[0].grad_norm
-        times = StepTimes(time.perf_counter() - last, learner_s)
-        experts = [expert.name for expert in self.config.experts]
-        metrics = step_metrics(fresh, groups, experts, version, learned, times, state)
-        return {"step": version + 1, "ordinals": batch, **metrics}
 
     async def _run_again(self, batch: list[int], fault: Fault) -> None:
         """Groups whose data is gone with a node: their prompts run again."""
         self.recovery.note(f"{fault}; {len(batch)} prompts run again")
+        self._ahead.clear()
         async with self._changed:
             for ordinal in batch:
                 del self._waves[ordinal]
@@ -314,22 +337,35 @@ class Driver:
         return sorted(kept, key=lambda group: group.ordinal)
 
     async def _written(self) -> None:
-        if self._writing is not None:
-            await self._writing
-            self._writing = None
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            await writing
+        except self.fleet.backend.errors as error:
+            fault = self.fleet.backend.fault(error, self.fleet)
+            self.recovery.note(f"a step's groups are trained but could not be kept for replay: {fault}")
 
     async def save(self) -> None:
         """Writes a checkpoint of this moment."""
         await self._written()
-        finished = sorted(self.admission.finished)
-        waves = list({id(self._waves[o]): self._waves[o] for o in finished}.values())
-        driver = {
-            "admission": self.admission.state(),
-            "stream": self.stream.state(),
-            "elapsed_s": self.elapsed_s,
-            "samples": self.samples,
-        }
-        self.sink.checkpoint(self.step, await self.learning.state(), driver, await self._groups(finished, waves))
+        learner = await self.learning.state()
+        while True:
+            finished = sorted(self.admission.finished)
+            waves = list({id(self._waves[o]): self._waves[o] for o in finished}.values())
+            driver = {
+                "admission": self.admission.state(),
+                "stream": self.stream.state(),
+                "elapsed_s": self.elapsed_s,
+                "samples": self.samples,
+                "recovery": self.recovery.state(),
+            }
+            try:
+                groups = await self._groups(finished, waves)
+                break
+            except self.fleet.backend.errors as error:
+                await self._run_again(finished, await self.recovery.after(error))
+        self.sink.checkpoint(self.step, learner, driver, groups)
 
     async def _save_if_possible(self) -> None:
         """After a failure: the last update is whole in this process, only finished groups may be out of reach."""

@@ -69,7 +69,7 @@ class RayBackend:
         """See `Backend`."""
         import ray
 
-        return bool(ray.wait([reference], timeout=0)[0])
+        return bool(ray.wait([reference], timeout=0, fetch_local=False)[0])
 
     def put(self, value: Any) -> Reference:
         """See `Backend`."""

@@ -48,9 +48,28 @@ class Handle(Protocol):
         """Such as `Expert(arithmetic)`: the same for as long as the run lasts."""
         ...
 
+    @property
+    def generation(self) -> int:
+        """How many processes this worker has had before the present one."""
+        ...
+
     def call(self, method: str, *args: Any, returns: int = 1, **kwargs: Any) -> Reference:
         """Starts a method; gives its reference, or one for each of several values."""
         ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A worker that a call goes through, the call's reference there, and which of its processes got it."""
+
+    handle: Handle
+    reference: Reference
+    generation: int
+
+    @classmethod
+    def of(cls, handle: Handle, reference: Reference) -> Stage:
+        """A call that has just been sent."""
+        return cls(handle, reference, handle.generation)
 
 
 @dataclass
@@ -59,6 +78,7 @@ class Inline:
 
     name: str
     worker: Any
+    generation: int = 0
 
     def call(self, method: str, *args: Any, returns: int = 1, **kwargs: Any) -> Reference:
         """Runs a method and returns its value."""
@@ -133,7 +153,10 @@ class InProcess:
 
 @dataclass
 class Fleet:
-    """All workers of a run.  `experts` are in the router's order."""
+    """All workers of a run.  `experts` are in the router's order.
+
+    deadline_s: of every wait; start_deadline_s: of those for workers that load models.
+    """
 
     experts: Sequence[Handle]
     rollouts: Sequence[Handle]
@@ -141,6 +164,7 @@ class Fleet:
     learners: Sequence[Handle]
     deadline_s: float
     backend: Backend = field(default_factory=InProcess)
+    start_deadline_s: float = 900.0
 
     @property
     def workers(self) -> list[Handle]:
@@ -152,22 +176,26 @@ class Fleet:
         messages = [prompt.messages for prompt in prompts]
         return [expert.call("encode", messages) for expert in self.experts]
 
-    async def get(self, reference: Reference, stage: str) -> Any:
+    async def get(self, reference: Reference, stage: str, limit_s: float | None = None) -> Any:
         """The value of a reference, or of a coroutine.
 
+        Args:
+            limit_s: instead of the deadline.
+
         Raises:
-            StuckError: when it does not come within the deadline.
+            StuckError: when it does not come in time.
         """
         if not inspect.isawaitable(reference):
             return reference
+        limit = limit_s or self.deadline_s
         try:
-            return await asyncio.wait_for(_awaited(reference), self.deadline_s)
+            return await asyncio.wait_for(_awaited(reference), limit)
         except TimeoutError:
-            raise StuckError(f"{stage} gave no answer within {self.deadline_s:g} s") from None
+            raise StuckError(f"{stage} gave no answer within {limit:g} s") from None
 
-    async def get_all(self, references: Sequence[Reference], stage: str) -> list[Any]:
+    async def get_all(self, references: Sequence[Reference], stage: str, limit_s: float | None = None) -> list[Any]:
         """The values of several references."""
-        return list(await asyncio.gather(*(self.get(reference, stage) for reference in references)))
+        return list(await asyncio.gather(*(self.get(reference, stage, limit_s) for reference in references)))
 
     def close(self) -> None:
         """Ends the workers."""

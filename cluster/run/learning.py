@@ -12,15 +12,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cluster.run.fleet import Fault, Fleet, Reference
+from cluster.run.fleet import Fault, Fleet, Reference, Stage, StuckError
 from cluster.run.recovery import Recovery
 from cluster.run.start import join_ranks
-from cluster.run.watchdog import Stage
 from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
 from learner.learner import LearnerState, UpdateResult
 
 T = TypeVar("T")
+
+ALIVE_S = 10.0  # a process that is gone says so at once, one that is busy not at all
 
 
 class LostGroupsError(RuntimeError):
@@ -63,6 +64,7 @@ class Learning:
         self.router: Reference = fleet.backend.put(state.snapshot)
         self._kept, self._incarnation = state, incarnation
         self._unsettled: Done | None = None
+        self._arriving: asyncio.Task[None] | None = None
 
     async def update(self, batch: Sequence[int], waves: int, parts: Sequence[Reference]) -> list[UpdateResult]:
         """One update; what each rank says of it.  A learner that dies over it is built again and repeats it.
@@ -83,11 +85,12 @@ class Learning:
                     results, done = await self._run(job, stages)
             except self.fleet.backend.errors as error:
                 fault = await self._rebuilt_after(error, stages)
-                if fault.kind == "lost":
+                if not self._is_of_learner(fault):
                     raise LostGroupsError(fault) from error
                 continue
             self.recovery.succeeded(self.fleet.learners)
             self.router, self._unsettled = done.router, done
+            self._arriving = asyncio.create_task(self._arrive(done))
             return results
 
     async def again(self, make: Callable[[], Awaitable[T]]) -> T:
@@ -118,33 +121,41 @@ class Learning:
     async def _run(self, job: Job, stages: list[Stage]) -> tuple[list[UpdateResult], Done]:
         ranks = self.fleet.learners
         updates = [rank.call("update", job.batch, job.waves, *job.parts) for rank in ranks]
-        stages += zip(ranks, updates, strict=True)
+        stages += [Stage.of(rank, update) for rank, update in zip(ranks, updates, strict=True)]
         router = ranks[0].call("snapshot")
         moments = [rank.call("moments") for rank in ranks] if self.fleet.backend.survives else []
         results: list[UpdateResult] = await self.fleet.get_all(updates, "the learner's update")
         return results, Done(job, router, await self.fleet.get(router, "the new router"), moments)
 
-    async def _settle(self) -> None:
-        """Waits until the last update's optimizer state is here."""
-        if (done := self._unsettled) is None:
-            return
+    async def _arrive(self, done: Done) -> None:
+        """Takes over an update's optimizer state, and lets go of what the update was made from."""
         optimizer = self._kept.optimizer
         if done.moments:
-            try:
-                optimizer = await self.fleet.get(done.moments[0], "the optimizer's state")
-            except self.fleet.backend.errors as error:
-                optimizer = await self._repeated(done, error)
+            optimizer = await self.fleet.get(done.moments[0], "the optimizer's state")
         self._kept, self._unsettled = self._after(done, optimizer), None
+
+    async def _settle(self) -> None:
+        """Waits until the last update's optimizer state is here."""
+        if self._arriving is None:
+            return
+        try:
+            await self._arriving
+        except self.fleet.backend.errors as error:
+            if (done := self._unsettled) is not None:
+                optimizer = await self._repeated(done, error)
+                self._kept, self._unsettled = self._after(done, optimizer), None
+        self._arriving = None
 
     async def _repeated(self, done: Done, error: Exception) -> OptimizerState:
         """The optimizer's state after an update whose learner died before it was handed over: the update runs again.
 
         Rollouts may already use the router that it published, so that one stays as it is, to the last bit.
         """
-        stages: list[Stage] = list(zip(self.fleet.learners, done.moments, strict=True))
+        stages = [Stage.of(rank, moments) for rank, moments in zip(self.fleet.learners, done.moments, strict=True)]
         groups_lost = False
         while True:
-            await self._rebuilt_after(error, stages)
+            fault = await self._rebuilt_after(error, stages)
+            groups_lost = groups_lost or not self._is_of_learner(fault)
             stages, optimizer = [], self._kept.optimizer
             try:
                 if groups_lost:
@@ -156,7 +167,10 @@ class Learning:
                 return optimizer
             except self.fleet.backend.errors as failed:
                 error = failed
-                groups_lost = groups_lost or self.fleet.backend.fault(failed, self.fleet).kind == "lost"
+
+    def _is_of_learner(self, fault: Fault) -> bool:
+        """Whether a learner's process failed, and not what it was given."""
+        return fault.kind != "lost" and fault.worker in ("", *(rank.name for rank in self.fleet.learners))
 
     def _after(self, done: Done, optimizer: OptimizerState) -> LearnerState:
         version = done.snapshot.version
@@ -164,7 +178,7 @@ class Learning:
         return LearnerState(done.snapshot, optimizer, {**kept, version: done.snapshot}, self._kept.initial)
 
     async def _rebuilt_after(self, error: Exception, stages: Sequence[Stage]) -> Fault:
-        """Builds the learner again after a failed call, unless its own code raised.
+        """Builds the learner again after a failed call, unless what it was given failed.
 
         Raises:
             RunError: when the learner keeps failing, or when its code raised.
@@ -172,18 +186,18 @@ class Learning:
         fault = await self.recovery.after(error, stages)
         if fault.kind == "raised" and not await self._a_rank_is_gone():
             raise self.recovery.hopeless(fault) from error
-        await self.rebuild(fault)
+        # What is lost to one rank may not be to another, which then waits for it in the update.
+        if fault.kind == "lost" or self._is_of_learner(fault):
+            await self.rebuild(fault)
         return fault
 
     async def _a_rank_is_gone(self) -> bool:
         """When one of several ranks dies, the others' collectives fail, and those errors may come first."""
-        asked = [self.fleet.get(rank.call("ready"), rank.name) for rank in self.fleet.learners]
-        try:
-            for answer in asyncio.as_completed(asked):
-                await answer
-        except self.fleet.backend.errors:
-            return True
-        return False
+        backend = self.fleet.backend
+        asked = [self.fleet.get(rank.call("ready"), rank.name, ALIVE_S) for rank in self.fleet.learners]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failed = [a for a in answers if isinstance(a, backend.errors) and not isinstance(a, StuckError)]
+        return any(backend.fault(error, self.fleet).kind in ("died", "replaced") for error in failed)
 
     async def rebuild(self, fault: Fault) -> None:
         """Fresh ranks that go on from the last update; a new incarnation tells their routers apart."""
@@ -209,4 +223,4 @@ class Learning:
     async def _restore(self, state: LearnerState) -> None:
         shared = self.fleet.backend.put(state)
         restored = [rank.call("restore", shared, self._incarnation) for rank in self.fleet.learners]
-        await self.fleet.get_all(restored, "restoring the learner")
+        await self.fleet.get_all(restored, "restoring the learner", self.fleet.start_deadline_s)

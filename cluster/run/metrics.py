@@ -24,7 +24,7 @@ class PipelineState:
     """What is under way beside a step.
 
     filtered: groups without signal that ended since the last update.  running, waiting: prompts in some
-    stage, and finished groups that wait.  restarts: of workers, in this process's life.
+    stage, and finished groups that wait.  restarts: of workers, so far.
     """
 
     filtered: int = 0
@@ -63,16 +63,8 @@ def step_metrics(
         "groups/no_signal": _mean(not has_signal(group.rewards, group.statuses) for group in groups),
         "rewards/masked_fraction": 1 - len(rewards) / completions,
         **{f"rewards/masked_fraction/{task}": _masked(mine) for task, mine in by_task(groups).items()},
-        **({"policy/kl": sums.mean("kl", per="kl_tokens")} if "kl" in sums.values else {}),
-        "policy/entropy": sums.mean("entropy"),
-        "policy/ratio": sums.mean("ratio"),
-        "policy/clip_fraction": sums.mean("clipped"),
-        "policy/clipped_completions_fraction": sums.mean("clipped_completions", per="completions"),
-        "policy/corrected_fraction": sums.mean("corrected"),
-        "policy/kl_clamped_fraction": sums.mean("kl_clamped"),
         "policy/truncated_fraction": sum(group.truncated for group in groups) / completions,
-        "policy/logprob_mismatch": sums.mean("mismatch"),
-        "policy/logprob_mismatch_max": sums.mismatch_max,
+        **learner_metrics(sums),
         "loss": sums.values.get("loss", 0.0),
         "router/attention_entropy": _mean(group.entropy for group in groups),
         "router/grad_norm": grad_norm,
@@ -93,6 +85,25 @@ def step_metrics(
         "time/learner_s": times.learner_s,
         **attention_metrics(groups, experts),
     }
+
+
+def learner_metrics(sums: Sums) -> dict[str, float]:
+    """Means over what the learner computed; none where it computed nothing, or measured no KL."""
+    found = {}
+    if sums.values.get("kl_tokens"):
+        found["policy/kl"] = sums.mean("kl", per="kl_tokens")
+    if sums.values.get("tokens"):
+        found |= {
+            "policy/entropy": sums.mean("entropy"),
+            "policy/ratio": sums.mean("ratio"),
+            "policy/clip_fraction": sums.mean("clipped"),
+            "policy/clipped_completions_fraction": sums.mean("clipped_completions", per="completions"),
+            "policy/corrected_fraction": sums.mean("corrected"),
+            "policy/kl_clamped_fraction": sums.mean("kl_clamped"),
+            "policy/logprob_mismatch": sums.mean("mismatch"),
+            "policy/logprob_mismatch_max": sums.mismatch_max,
+        }
+    return found
 
 
 def _masked(groups: Sequence[GroupReport]) -> float:

@@ -63,7 +63,7 @@ class Records:
             self._board = Board(self.folder.path)
         self._board.step(record["step"], {k: v for k, v in record.items() if k not in ("step", "ordinals")})
         self.watch.step(record)
-        mismatch = record["policy/logprob_mismatch"]
+        mismatch = record.get("policy/logprob_mismatch", 0.0)
         if mismatch > self.config.learner.mismatch_warning:
             self.watch.note(f"step {record['step']}: engine and learner disagree by {mismatch:.3f} nats a token")
 

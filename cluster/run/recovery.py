@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from cluster.run.fleet import Fault, Fleet, Handle, StuckError
-from cluster.run.watchdog import Stage, Watchdog, first_waiting
+from cluster.run.fleet import Fault, Fleet, Handle, Stage, StuckError
+from cluster.run.watchdog import Watchdog, first_waiting
+
+LOST = "what is lost"  # counted under a name of its own: no worker is to blame
+LOST_IN_A_ROW = 1000  # without any success in between: one dead node loses many calls
 
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message names the worker and the cause."""
-
-
-LOST_IN_A_ROW = 100  # results gone with a node, without any success in between: one dead node loses many calls
 
 
 class Recovery:
@@ -34,9 +35,10 @@ class Recovery:
         self.recovery_s: dict[str, list[float]] = {}
         self._in_a_row: Counter[str] = Counter()
         self._ready: set[asyncio.Task[None]] = set()
+        self._starting: dict[str, float] = {}
 
     def summary(self) -> dict[str, Any]:
-        """Restarts by worker, and seconds from a fault until its worker was ready again, by kind of worker."""
+        """Restarts by worker, and seconds from a restart until the worker was ready, by kind of worker."""
         return {
             "restarts": dict(sorted(self.restarts.items())),
             "recovery_s": {
@@ -45,11 +47,21 @@ class Recovery:
             },
         }
 
+    def state(self) -> dict[str, Any]:
+        """JSON-able: what `summary` is made from."""
+        return {"restarts": dict(self.restarts), "recovery_s": {k: list(v) for k, v in self.recovery_s.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on counting from `state()`."""
+        self.restarts = Counter(state["restarts"])
+        self.recovery_s = {kind: list(times) for kind, times in state["recovery_s"].items()}
+
     def succeeded(self, handles: Sequence[Handle]) -> None:
         """These workers have just answered."""
         for handle in handles:
             self._in_a_row.pop(handle.name, None)
-        self._in_a_row.pop("", None)
+        for unknown in ("", LOST):
+            self._in_a_row.pop(unknown, None)
 
     async def after(self, error: Exception, stages: Sequence[Stage] = ()) -> Fault:
         """Says what went wrong and restarts the worker to blame, if it is dead or stuck.
@@ -66,10 +78,10 @@ class Recovery:
             fault = await self._stuck(fault, stages)
         if fault.kind == "replaced":
             return fault  # one death fails every call under way: the first of them has started the worker again
-        limit = LOST_IN_A_ROW if fault.kind == "lost" else self.max_restarts
-        self._in_a_row[fault.worker] += 1
-        if self._in_a_row[fault.worker] > limit:
-            raise RunError(await self._last_words(fault)) from error
+        who, limit = (LOST, LOST_IN_A_ROW) if fault.kind == "lost" else (fault.worker, self.max_restarts)
+        self._in_a_row[who] += 1
+        if self._in_a_row[who] > limit:
+            raise RunError(await self._last_words(fault, self._in_a_row[who])) from error
         if fault.kind in ("died", "stuck") and fault.who is not None and fault.who not in self.fleet.learners:
             self.restart(fault.who, fault)
         elif fault.kind == "raised":
@@ -83,7 +95,7 @@ class Recovery:
 
     def restart(self, handle: Handle, fault: Fault) -> None:
         """A fresh process behind the same handle; calls may be sent at once and wait until it is up."""
-        began = time.perf_counter()
+        began = self._starting[handle.name] = time.monotonic()
         self.fleet.backend.restart(handle)
         self.restarts[handle.name] += 1
         self.note(f"{fault}; started again (restart {self.restarts[handle.name]})")
@@ -93,22 +105,29 @@ class Recovery:
 
     async def _time_until_ready(self, handle: Handle, began: float) -> None:
         try:
-            await self.fleet.get(handle.call("ready"), f"starting {handle.name}")
+            await self.fleet.get(handle.call("ready"), f"starting {handle.name}", self.fleet.start_deadline_s)
+            kind = handle.name.partition("(")[0]
+            self.recovery_s.setdefault(kind, []).append(time.monotonic() - began)
         except self.fleet.backend.errors:
-            return  # the next call to it fails the same way, and is dealt with there
-        kind = handle.name.partition("(")[0]
-        self.recovery_s.setdefault(kind, []).append(time.perf_counter() - began)
+            pass  # the next call to it fails the same way, and is dealt with there
+        finally:
+            if self._starting.get(handle.name) == began:
+                del self._starting[handle.name]
 
     async def _stuck(self, fault: Fault, stages: Sequence[Stage]) -> Fault:
-        backend = self.fleet.backend
-        if (waiting := first_waiting(self.fleet, stages)) is None:
+        if (stage := first_waiting(self.fleet, stages)) is None:
             return fault
-        stack = await asyncio.to_thread(backend.stack, waiting)
+        handle = stage.handle
+        if time.monotonic() - self._starting.get(handle.name, -math.inf) < self.fleet.start_deadline_s:
+            return Fault("replaced", handle.name, "it is still starting")
+        stack = await asyncio.to_thread(self.fleet.backend.stack, handle)
+        if stage.generation != handle.generation:
+            return Fault("replaced", handle.name, fault.detail)  # several calls hung there: one has seen to it
         where = f"; its stack:\n{stack}" if stack else ""
-        return Fault("stuck", waiting.name, f"{fault.detail}{where}", waiting)
+        return Fault("stuck", handle.name, f"{fault.detail}{where}", handle)
 
-    async def _last_words(self, fault: Fault) -> str:
+    async def _last_words(self, fault: Fault, times: int) -> str:
         log = await asyncio.to_thread(self.fleet.backend.log_tail, fault.who) if fault.who else ""
         tail = f"\n{fault.trace}" if fault.trace else f"\nthe end of its log:\n{log}" if log else ""
-        times = f"{self._in_a_row[fault.worker]} times in a row"
-        return f"{fault.worker or 'a worker'} failed {times} and the run stops: {fault.kind}: {fault.detail}{tail}"
+        worker = fault.worker or "a worker"
+        return f"{worker} failed {times} times in a row and the run stops: {fault.kind}: {fault.detail}{tail}"

@@ -63,7 +63,7 @@ class Session:
             try:
                 return await self._train(started, resumed, begun)
             except started.fleet.backend.errors as error:
-                # While training, faults are dealt with; before it there is nothing to lose yet.
+                # While training and measuring, faults are dealt with; before that there is nothing to lose yet.
                 fault = started.fleet.backend.fault(error, started.fleet)
                 again = "" if fault.kind == "raised" else "; start it again, with --resume if it had a checkpoint"
                 trace = f"\n{fault.trace}" if fault.trace else ""
@@ -201,6 +201,7 @@ async def make_driver(
     if resumed is not None:
         driver.resume_with(resumed.finished)
         driver.elapsed_s, driver.samples = resumed.driver["elapsed_s"], resumed.driver["samples"]
+        recovery.restore(resumed.driver["recovery"])
     return driver
 
 

@@ -121,19 +121,21 @@ async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> 
     ]
     c = config.learner
     learners = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (r,), c.cpus, c.gpus)) for r in range(c.ranks)]
-    fleet = Fleet(experts, rollouts, rewards, learners, config.ray.start_deadline_s, backend)
-    infos = await fleet.get_all([h.call("info") for h in [*experts, *rollouts]], "starting the experts and the policy")
+    ray = config.ray
+    fleet = Fleet(experts, rollouts, rewards, learners, ray.deadline_s, backend, ray.start_deadline_s)
+    asked = [handle.call("info") for handle in [*experts, *rollouts]]
+    infos = await fleet.get_all(asked, "starting the experts and the policy", ray.start_deadline_s)
     expert_infos, policy_info = infos[: len(experts)], infos[len(experts)]
     shape = shape_of(config, expert_infos, policy_info)
     told = [rank.start_with("configure", learner_spec(config, shape)) for rank in learners]
     attached = [r.start_with("attach", shape) for r in rollouts]
-    await fleet.get_all([join_ranks(fleet, learners), *told, *attached], "starting the learner")
-    whole = Fleet(experts, rollouts, rewards, learners, config.ray.deadline_s, backend)
-    return Started(whole, shape, expert_infos, policy_info)
+    waits = [join_ranks(fleet, learners), *told, *attached]
+    await fleet.get_all(waits, "starting the learner", ray.start_deadline_s)
+    return Started(fleet, shape, expert_infos, policy_info)
 
 
 async def join_ranks(fleet: Fleet, ranks: Sequence[Handle]) -> None:
     """Builds a learner from its placed but still empty ranks: they meet where rank 0 is."""
-    host, port = await fleet.get(ranks[0].call("rendezvous"), "placing the learner")
+    host, port = await fleet.get(ranks[0].call("rendezvous"), "placing the learner", fleet.start_deadline_s)
     joins = [h.call("join", Rendezvous(rank, len(ranks), host, port)) for rank, h in enumerate(ranks)]
-    await fleet.get_all(joins, "joining the learner's ranks")
+    await fleet.get_all(joins, "joining the learner's ranks", fleet.start_deadline_s)

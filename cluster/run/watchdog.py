@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cluster.run.fleet import Fleet, Handle, Reference
-
-Stage = tuple[Handle, Reference]
+from cluster.run.fleet import Fleet, Stage
 
 
 @dataclass(eq=False)
@@ -26,12 +24,14 @@ class Call:
 class Watchdog:
     """Looks at the calls under way.
 
-    after_s: seconds until a call is spoken of, once.  note: tells people.
+    after_s: seconds until a call is spoken of, once, and so is each process that calls wait for.
+    note: tells people.
     """
 
     def __init__(self, fleet: Fleet, after_s: float, note: Callable[[str], None]) -> None:
         self.fleet, self.after_s, self.note = fleet, after_s, note
         self._calls: set[Call] = set()
+        self._spoken_of: set[tuple[str, int]] = set()
 
     @contextlib.contextmanager
     def over(self, what: str, stages: Sequence[Stage]) -> Iterator[None]:
@@ -54,15 +54,17 @@ class Watchdog:
                     await self._tell(call, now)
 
     async def _tell(self, call: Call, now: float) -> None:
-        waiting = first_waiting(self.fleet, call.stages)
-        if waiting is None:
+        stage = first_waiting(self.fleet, call.stages)
+        if stage is None or (stage.handle.name, stage.generation) in self._spoken_of:
             return
-        stack = await asyncio.to_thread(self.fleet.backend.stack, waiting)
+        self._spoken_of.add((stage.handle.name, stage.generation))
+        stack = await asyncio.to_thread(self.fleet.backend.stack, stage.handle)
         where = f"; its stack:\n{stack}" if stack else ""
         deadline = f"the deadline is {self.fleet.deadline_s:g} s"
-        self.note(f"{call.what} waits for {waiting.name} since {now - call.began:.0f} s ({deadline}){where}")
+        name = stage.handle.name
+        self.note(f"{call.what} has taken {now - call.began:.0f} s and waits for {name} ({deadline}){where}")
 
 
-def first_waiting(fleet: Fleet, stages: Sequence[Stage]) -> Handle | None:
+def first_waiting(fleet: Fleet, stages: Sequence[Stage]) -> Stage | None:
     """The first worker that has not answered: where a call is stuck."""
-    return next((handle for handle, reference in stages if not fleet.backend.is_ready(reference)), None)
+    return next((stage for stage in stages if not fleet.backend.is_ready(stage.reference)), None)

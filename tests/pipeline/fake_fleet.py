@@ -9,6 +9,8 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from cluster.config import RunConfig, parse
 from cluster.run.admission import Admission, Limits
 from cluster.run.driver import Driver
@@ -21,7 +23,17 @@ from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
 from learner.gradient import Sums
 from learner.learner import LearnerState, UpdateResult
-from rollout.types import Prompt, RewardStatus
+from rollout.types import (
+    Completion,
+    Draws,
+    FinishReason,
+    Group,
+    Prompt,
+    RewardStatus,
+    RouterStamp,
+    Sampling,
+    Score,
+)
 
 
 class Death(Exception):
@@ -34,6 +46,26 @@ class Death(Exception):
 
 class Loss(Exception):
     """A result that is gone with its node."""
+
+
+def finished_group(ordinal: int) -> Group:
+    """A scored group as a checkpoint keeps it."""
+    tokens = np.zeros(1, np.int64)
+    completion = Completion(tokens=tokens, logprobs=np.zeros(1, np.float32), text="", finish=FinishReason.STOP)
+    return Group(
+        prompt=Stream().prompt(ordinal),
+        prompt_tokens=tokens,
+        completions=(completion, completion),
+        sampling=Sampling(temperature=1.0, max_new_tokens=1, samples=2),
+        router=RouterStamp(version=0, incarnation=0, checksum="0"),
+        draws=Draws(expert_mask=np.ones(1, bool)),
+        prefix_hash="",
+        prefix_sketch=np.zeros(1, np.float32),
+        prefix_rms_ratio=1.0,
+        feature_keys=("",),
+        attention=np.ones((1, 1), np.float32),
+        scores=(Score(reward=0.0), Score(reward=1.0)),
+    )
 
 
 class Ref:

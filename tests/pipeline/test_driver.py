@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import Counter
+from typing import Any
+
 import pytest
 
 from cluster.run.recovery import RunError
 from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
-from tests.pipeline.fake_fleet import Loss, Stage, World, config
+from tests.pipeline.fake_fleet import Death, Loss, Stage, World, config, finished_group
 
 
 def assert_whole(stage: Stage, steps: int = 20, groups: int = 6) -> None:
@@ -120,6 +125,86 @@ def test_a_worker_that_hangs_is_named_with_its_stack_and_started_again() -> None
     assert note.startswith("Rollout(1) stuck") and "0.5 s" in note and "stack of Rollout(1)" in note
 
 
+@pytest.mark.parametrize("per_call", [1, 2, 6])
+def test_one_hang_restarts_a_worker_once_however_many_calls_wait_for_it(per_call: int) -> None:
+    """Their deadlines are milliseconds apart, and looking for a stack takes longer than that."""
+    settings = {"max_staleness": 1, "ray": {"deadline_s": 0.3}, "pipeline": {"prompts_per_call": per_call}}
+    stage = Stage(config(**settings), World())
+    stage.fleet.backend.stack = lambda handle: time.sleep(0.2) or f"stack of {handle.name}"  # type: ignore[method-assign, func-returns-value]
+    stage.worker("Expert(0)").hangs = 1
+    stage.run()
+    assert_whole(stage)
+    assert stage.recovery.restarts == {"Expert(0)": 1}
+
+
+def test_finished_groups_whose_expert_dies_before_their_features_are_made_again_run_again() -> None:
+    stage = Stage(config(max_staleness=1), World())
+    a = stage.admission
+    a.restore({"version": 0, "next_ordinal": 6, "retry": [], "finished": {str(n): [0, 1] for n in range(6)},
+               "trained": [], "filtered": [], "dead": []})  # fmt: skip
+    stage.worker("Expert(0)").deaths = 1
+
+    async def run() -> None:
+        stage.driver.resume_with([finished_group(n) for n in range(6)])
+        await asyncio.wait_for(stage.driver.run(), 20)
+
+    asyncio.run(run())
+    assert_whole(stage)
+    assert not stage.recovery.restarts["Learner"], "the learner was not to blame"
+
+
+def test_a_prompt_is_not_blamed_for_features_made_ahead_by_an_expert_that_died() -> None:
+    stage = Stage(config(pipeline={"prompts_per_call": 1, "attempts": 1}, learner={"groups": 1}), World())
+    stage.worker("Expert(0)").deaths = 1
+    stage.run()
+    assert_whole(stage, groups=1)
+    assert not stage.notes.deaths
+
+
+def test_a_death_while_a_checkpoint_is_written_or_a_validation_runs_ends_nothing() -> None:
+    stage = Stage(config(max_staleness=1), World())
+    looked = Counter[int]()
+
+    async def validate(step: int, router: Any) -> None:
+        looked[step] += 1
+        if step == 3 and looked[step] == 1:
+            raise Death(stage.worker("Rollout(0)"), 0)
+
+    stage.notes.validate = validate  # type: ignore[method-assign]
+    groups, lost = stage.driver._groups, []
+
+    async def lose_one(ordinals: Any, waves: Any) -> Any:
+        if ordinals and not lost:
+            lost.extend(ordinals)
+            raise Loss("finished groups")
+        return await groups([], [])
+
+    stage.driver._groups = lose_one  # type: ignore[method-assign]
+    stage.run()
+    assert_whole(stage)
+    assert looked[3] == 2 and stage.recovery.restarts["Rollout(0)"] == 1
+    assert [step for step, *_ in stage.notes.checkpoints] == [4, 8, 12, 16, 20]
+    assert lost
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_checkpoint_after_a_failure_knows_no_step_that_the_log_does_not(staleness: int) -> None:
+    for failing in range(1, 12):
+        stage = Stage(config(max_staleness=staleness, pipeline={"prompts_per_call": 1}), World(seed=failing))
+        observe, seen = stage.driver.masked.observe, []
+
+        def fail(groups: Any, observe: Any = observe, seen: list[Any] = seen, failing: int = failing) -> None:
+            seen.append(groups)
+            if len(seen) == 7 * failing:
+                raise RunError("enough")
+            observe(groups)
+
+        stage.driver.masked.observe = fail  # type: ignore[method-assign]
+        with pytest.raises(RunError, match="enough"):
+            stage.run()
+        assert [record["step"] for record in stage.notes.steps] == list(range(1, stage.notes.checkpoints[-1][0] + 1))
+
+
 @pytest.mark.parametrize("name", ["Rollout(1)", "Learner(0)"])
 def test_a_wait_that_grows_long_is_spoken_of_before_the_deadline(name: str) -> None:
     stage = Stage(config(max_staleness=1, ray={"deadline_s": 1.0, "warning_s": 0.2}), World())
@@ -132,7 +217,7 @@ def test_a_wait_that_grows_long_is_spoken_of_before_the_deadline(name: str) -> N
     assert early < late
     note = stage.notes.notes[early]
     what = "the call for prompts " if name == "Rollout(1)" else "update 1 "
-    assert note.startswith(what) and f"waits for {name} since 0 s (the deadline is 1 s); its stack:" in note
+    assert note.startswith(what) and f"has taken 0 s and waits for {name} (the deadline is 1 s); its stack:" in note
 
 
 def test_a_poisonous_prompt_ends_as_a_dead_letter_and_spares_the_others() -> None:
