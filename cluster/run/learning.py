@@ -139,7 +139,7 @@ class Learning:
         if self._arriving is None:
             return
         try:
-            await self._arriving
+            await asyncio.shield(self._arriving)  # who stops waiting must not stop it
         except self.fleet.backend.errors as error:
             if (done := self._unsettled) is not None:
                 optimizer = await self._repeated(done, error)
