@@ -76,7 +76,7 @@ async def bare_chain(hosts: Sequence[Any], groups: int, batch: int) -> float:
     async def through(ordinal: int) -> list[Any]:
         prompt = stream.prompt(ordinal)
         feature = encoder.call("encode", [prompt.messages])
-        rollout = policies[ordinal % WORKERS].call("generate", [prompt], SAMPLING, router, feature)
+        rollout, _ = policies[ordinal % WORKERS].call("sample", [prompt], SAMPLING, router, feature, returns=2)
         scored, report = verifiers[ordinal % WORKERS].call("score", rollout, returns=2)
         await report
         return [scored, feature]

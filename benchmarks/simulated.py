@@ -65,13 +65,13 @@ class Host:
         """Features that are only a number."""
         return len(messages)
 
-    async def generate(
+    async def sample(
         self, worker: str, prompts: list[Prompt], sampling: Sampling, router: RouterSnapshot, *features: Any
-    ) -> tuple[int, list[int]]:
-        """Which router it was, and the ordinals."""
+    ) -> tuple[tuple[int, list[int]], int]:
+        """Which router it was and the ordinals, and how many there are."""
         async with self._busy[worker]:
             await _wait(max(self.latencies.rollout(p.ordinal) for p in prompts))
-        return router.version, [p.ordinal for p in prompts]
+        return (router.version, [p.ordinal for p in prompts]), len(prompts)
 
     async def score(self, worker: str, rollout: tuple[int, list[int]]) -> tuple[Any, WaveReport]:
         """A report with both rewards in every group."""
@@ -184,7 +184,7 @@ class Clock:
 
 
 def configuration(steps: int, groups: int, staleness: int, rollouts: int) -> RunConfig:
-    """A run whose models are never loaded, with one prompt a call."""
+    """A run whose models are never loaded, with one prompt a call and one call a worker."""
     return parse(
         {
             "run": "simulated",
@@ -194,7 +194,7 @@ def configuration(steps: int, groups: int, staleness: int, rollouts: int) -> Run
             "experts": [{"name": "expert", "model": "/none"}],
             "policy": {"model": "/none", "workers": rollouts},
             "learner": {"groups": groups},
-            "pipeline": {"prompts_per_call": 1},
+            "pipeline": {"prompts_per_call": 1, "calls_per_worker": 1},
             "checkpoint": {"every": steps, "groups": False},
         },
         "benchmarks/simulated.py",

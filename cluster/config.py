@@ -74,6 +74,8 @@ class PipelineConfig(BaseModel):
 
     prompts_per_call: that go through experts, policy and verifiers together; None takes
         `learner.groups` over `policy.workers`.
+    calls_per_worker: that a rollout worker holds at once, one at work and the others waiting; further prompts
+        wait in the driver and start under a newer router.
     open_groups: prompts started and not yet ended; None leaves the limit to `max_staleness`.
     buffer_mb: finished groups that wait for their update.
     attempts: failures with nothing else under way after which a prompt is given up.
@@ -82,6 +84,7 @@ class PipelineConfig(BaseModel):
 
     model_config = FROZEN
     prompts_per_call: int | None = Field(None, ge=1)
+    calls_per_worker: int = Field(2, ge=1)
     open_groups: int | None = Field(None, ge=1)
     buffer_mb: float = Field(1024.0, gt=0)
     attempts: int = Field(3, ge=1)

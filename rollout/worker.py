@@ -65,6 +65,13 @@ class RolloutWorker:
         self._router.requires_grad_(False)
         self._stamp = None
 
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, snapshot: RouterSnapshot, *encoded: Encoded
+    ) -> tuple[Rollout, int]:
+        """`generate` for training, and the number of tokens: a few bytes that say the worker is free."""
+        rollout = self.generate(prompts, sampling, snapshot, *encoded)
+        return rollout, rollout.tokens
+
     @torch.inference_mode()
     def generate(
         self,

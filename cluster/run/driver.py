@@ -47,14 +47,19 @@ class Features:
 
 @dataclass(frozen=True)
 class Sent:
-    """A call under way: where it goes through, and what will come of it."""
+    """A call under way: where it goes through, and what will come of it.
+
+    sampled: a few bytes by which the driver sees that the rollout worker is free again.
+    """
 
     ordinals: list[int]
     stages: list[Stage]
+    sampled: Reference
     scored: Reference
     report: Reference
     features: list[Reference]
-    loads: list[str]
+    policy: str
+    verifier: str
 
 
 class Sink(Protocol):
@@ -174,6 +179,9 @@ class Driver:
 
     def _issue(self) -> list[int]:
         a, size = self.admission, self.config.prompts_per_call
+        busy = self.config.pipeline.calls_per_worker
+        if all(self._load[worker.name] >= busy for worker in self.fleet.rollouts):
+            return []
         # A smaller call only where waiting for a full one could wait for ever.
         if a.capacity >= size or a.retry or (a.capacity > 0 and not a.running and a.batch() is None):
             return a.issue(size)
@@ -184,19 +192,22 @@ class Driver:
         prompts = [self.stream.prompt(ordinal) for ordinal in ordinals]
         features = self._encode(prompts)
         policy, verifier = self._idlest(self.fleet.rollouts), self._idlest(self.fleet.rewards)
-        rollout = policy.call("generate", prompts, self._sampling, self.learning.router, *features)
+        rollout, sampled = policy.call("sample", prompts, self._sampling, self.learning.router, *features, returns=2)
         scored, report = verifier.call("score", rollout, returns=2)
         stages = [Stage.of(expert, reference) for expert, reference in zip(self.fleet.experts, features, strict=True)]
         stages += [Stage.of(policy, rollout), Stage.of(verifier, report)]
-        loads = [policy.name, verifier.name]
-        self._load.update(loads)
-        return Sent(ordinals, stages, scored, report, features, loads)
+        self._load.update([policy.name, verifier.name])
+        return Sent(ordinals, stages, sampled, scored, report, features, policy.name, verifier.name)
 
     async def _receive(self, sent: Sent) -> None:
         """What comes of a call; on failure its prompts are to run again."""
+        what, held = _prompts(sent.ordinals), [sent.verifier, sent.policy]
         try:
-            with self.recovery.watchdog.over(f"the call for {_prompts(sent.ordinals)}", sent.stages):
-                report = await self.fleet.get(sent.report, _prompts(sent.ordinals))
+            with self.recovery.watchdog.over(f"the call for {what}", sent.stages):
+                await self.fleet.get(sent.sampled, what)
+                self._load.subtract([held.pop()])
+                await self._notify()
+                report = await self.fleet.get(sent.report, what)
         except self.fleet.backend.errors as error:
             fault = await self.recovery.after(error, sent.stages)
             # What was made ahead may be of the worker that is gone.
@@ -209,7 +220,7 @@ class Driver:
                 self._changed.notify_all()
             return
         finally:
-            self._load.subtract(sent.loads)
+            self._load.subtract(held)
         self.recovery.succeeded([stage.handle for stage in sent.stages])
         self._fresh.append(report)
         self.masked.observe(report.groups)

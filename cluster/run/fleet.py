@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -189,7 +189,9 @@ class Fleet:
             return reference
         limit = limit_s or self.deadline_s
         try:
-            return await asyncio.wait_for(_awaited(reference), limit)
+            # Not `wait_for`, which on Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(limit):
+                return await reference
         except TimeoutError:
             raise StuckError(f"{stage} gave no answer within {limit:g} s") from None
 
@@ -202,7 +204,3 @@ class Fleet:
         for handle in [*self.rewards, *self.rollouts, *self.experts, *self.learners]:
             if isinstance(handle, Inline) and hasattr(handle.worker, "close"):
                 handle.worker.close()
-
-
-async def _awaited(reference: Awaitable[Any]) -> Any:
-    return await reference

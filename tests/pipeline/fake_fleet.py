@@ -110,10 +110,10 @@ class FakeWorker:
             if generation in self.dead or self.generation != generation:
                 raise Death(self, generation)
             self.world.timeline.append(method)
-            if method in ("generate", "update", "encode"):
+            if method in ("sample", "update", "encode"):
                 await asyncio.sleep(self.world.rng.expovariate(1 / self.world.delay_s))
-            prompts = values[0] if method == "generate" else ()
-            if method in ("encode", "generate", "score", "update") and self.hangs:
+            prompts = values[0] if method == "sample" else ()
+            if method in ("encode", "sample", "score", "update") and self.hangs:
                 self.hangs -= 1
                 await asyncio.sleep(3600)
             if self.losses[method]:
@@ -185,7 +185,7 @@ class World:
         """Features of nobody."""
         return []
 
-    def generate(self, prompts: list[Prompt], sampling: Any, router: RouterSnapshot, *features: Any) -> Any:
+    def sample(self, prompts: list[Prompt], sampling: Any, router: RouterSnapshot, *features: Any) -> Any:
         """Which router it was."""
         return router.version, prompts
 

@@ -45,7 +45,7 @@ def test_features_are_made_once_and_those_of_the_next_update_ahead(staleness: in
     stage.run()
     assert_whole(stage)
     calls = 20 * 6 // per_call
-    assert stage.world.timeline.count("encode") == stage.world.timeline.count("generate") == calls
+    assert stage.world.timeline.count("encode") == stage.world.timeline.count("sample") == calls
     before_first_update = stage.world.timeline[: stage.world.timeline.index("update")]
     assert before_first_update.count("encode") >= 2 * 6 // per_call
 
@@ -77,7 +77,7 @@ def test_a_learner_that_dies_before_its_optimizer_state_is_here_repeats_the_upda
 def test_groups_that_are_lost_run_again_and_so_does_what_needed_a_lost_router() -> None:
     stage = Stage(config(max_staleness=1), World())
     stage.worker("Learner(0)").losses["update"] = 2
-    stage.worker("Rollout(0)").losses["generate"] = 5
+    stage.worker("Rollout(0)").losses["sample"] = 5
     published = []
     put = stage.fleet.backend.put
     stage.fleet.backend.put = lambda value: published.append(value) or put(value)  # type: ignore[method-assign]
