@@ -60,7 +60,7 @@ class LearnerState:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """One rank's part of an update.  `snapshot` and `state` come from rank 0 only."""
+    """One rank's part of an update: metrics of its own groups, the whole gradient's norm, its own seconds."""
 
     sums: Sums
     grad_norm: float
