@@ -30,6 +30,8 @@ class EvaluationConfig(BaseModel):
     prompts: held-out test prompts a task, before and after training.
     validation_prompts, every: validation prompts a task, every so many steps; 0 switches it off.
     router_examples: training prompts a task that the route-and-answer classifier learns from.
+    cache: folder that keeps the frozen baselines' results, so that equal models on equal prompts are measured
+        once; null measures them in every run.
     """
 
     model_config = FROZEN
@@ -39,6 +41,7 @@ class EvaluationConfig(BaseModel):
     every: int = Field(0, ge=0)
     router_examples: int = Field(300, ge=1)
     batch: int = Field(100, ge=1)
+    cache: str | None = "~/.cache/n-musketeers/baselines"
 
 
 class CheckpointConfig(BaseModel):

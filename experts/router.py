@@ -89,14 +89,13 @@ class Perceiver(nn.Module):
         keys = torch.cat(states, dim=1)
         shown = torch.cat([visible[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)
         batch, _, width = keys.shape
-        split = (batch, -1, self.heads, width // self.heads)
-        latents = self.latents.expand(batch, -1, -1)
-        query = self.query(latents).view(split).transpose(1, 2)
-        key, value = self.key(keys).view(split).transpose(1, 2), self.value(keys).view(split).transpose(1, 2)
+        by_head = (self.heads, width // self.heads)
+        query = self.query(self.latents).unflatten(-1, by_head).transpose(-2, -3)  # the same for every prompt
+        key, value = (project(keys).unflatten(-1, by_head).transpose(-2, -3) for project in (self.key, self.value))
         scores = query @ key.transpose(2, 3) / (width // self.heads) ** 0.5
         attention = scores.masked_fill(~shown[:, None, None, :], float("-inf")).softmax(dim=-1)
         mixed = (attention @ value).transpose(1, 2).reshape(batch, -1, width)
-        hidden = latents + self.merge(mixed)
+        hidden = self.latents + self.merge(mixed)
         prefix = torch.einsum("blw,lwp->blp", hidden + self.feedforward(hidden), self.output)
         if self.anchors is not None:
             prefix = prefix + self.anchors

@@ -114,7 +114,7 @@ class LearnerConfig(BaseModel):
     schedule: how the learning rate goes on after `warmup_steps`: `linear` and `cosine` fall to
         `final_rate` of it at the run's last step, because late steps otherwise mostly follow noise.
     microbatch_tokens: padded tokens (prefix, prompt and completions) the frozen policy sees at once.
-    zero_stage: 0 to 2; 3 would shard a module of a few megabytes and is refused.
+    zero_stage: 0 to 2; 1 and 2 shard the optimizer over ranks, which a few megabytes rarely repay; 3 is refused.
     mismatch_warning: mean absolute log-probability mismatch between engine and learner that warns.
     """
 
@@ -128,7 +128,7 @@ class LearnerConfig(BaseModel):
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(1.0, gt=0.0)
     ranks: int = Field(1, ge=1)
-    zero_stage: int = Field(1, ge=0)
+    zero_stage: int = Field(0, ge=0)
     microbatch_tokens: int = Field(16_384, ge=1)
     mismatch_warning: float = Field(0.02, gt=0.0)
     cpus: float = Field(0.0, ge=0.0)

@@ -132,7 +132,12 @@ class RouterEngine:
         return self.engine(*inputs)
 
     def backward(self, prefix: Tensor, gradient: Tensor) -> None:
-        """Carries d loss / d prefix through the router; afterwards gradients are summed over ranks."""
+        """Carries d loss / d prefix through the router; afterwards gradients are summed over ranks.
+
+        Gradients of a backward that no step followed do not count.
+        """
+        if self.config.zero_stage == 0:
+            self.module.zero_grad()
         self.engine.backward((prefix * gradient.to(prefix.dtype)).sum() * self.world)
 
     def gradients(self) -> Arrays:

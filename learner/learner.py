@@ -228,13 +228,16 @@ class LearnerRank:
         # Anchors are the same for every prompt and may dwarf what the router adds: only its own part sets the scale.
         anchors = getattr(self.engine.module, "anchors", None)
         common = 0.0 if anchors is None else sketch(anchors[None])[0]
-        for group, mine in zip(groups, sketch(rebuilt), strict=True):
+        mine, slots = sketch(rebuilt), rebuilt.shape[1]
+        theirs = np.stack(
+            [g.prefix_sketch if len(g.prefix_sketch) == slots else np.full(slots, np.inf) for g in groups]
+        )
+        own, largest = np.abs(mine - common).max(axis=1), np.abs(mine).max(axis=1)
+        limit = np.maximum(np.maximum(SKETCH_TOLERANCE * own, ROUNDING * largest), 1e-15)
+        close = (np.abs(mine - theirs) <= limit[:, None]).all(axis=1)
+        for group, same in zip(groups, close, strict=True):
             known = self.history[group.router.version].checksum
-            own, largest = float(np.abs(mine - common).max()), float(np.abs(mine).max())
-            limit = max(SKETCH_TOLERANCE * own, ROUNDING * largest, 1e-15)
-            same_shape = mine.shape == group.prefix_sketch.shape
-            close = same_shape and np.allclose(mine, group.prefix_sketch, rtol=0, atol=limit)
-            if not close or (group.router.checksum != known and not self.replaying):
+            if not same or (group.router.checksum != known and not self.replaying):
                 raise LearnerError(
                     f"prompt {group.ordinal}: its prefix does not match the one rebuilt from router version "
                     f"{group.router.version}, its features and its draws: the group is refused"

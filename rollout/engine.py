@@ -1,4 +1,4 @@
-"""The policy engine on transformers: one prefill a prompt, its keys and values shared by the samples.
+"""The policy engine on transformers: one prefill a prompt, and one row for all of its samples that agree so far.
 
 The policy is frozen, so an engine never reloads weights: a sequence is always produced under
 exactly one router version.
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from experts.loading import FrozenModel
@@ -70,22 +70,26 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        cache.batch_repeat_interleave(sampling.samples)
-        logits = out.logits[:, -1].repeat_interleave(sampling.samples, dim=0)
-        mask = batch.mask.repeat_interleave(sampling.samples, dim=0)
-        uniforms = _stack_uniforms(requests, device)
+        logits, mask, uniforms = out.logits[:, -1], batch.mask, _stack_uniforms(requests, device)
         ends = torch.tensor(self.policy.end_tokens, device=device)
-        done = torch.zeros(len(mask), dtype=torch.bool, device=device)
-        tokens, logprobs = [], []
+        # Samples that are not at their end yet, and each one's row in the cache.
+        live = torch.arange(len(requests) * sampling.samples, device=device)
+        rows = live // sampling.samples
+        tokens = torch.zeros(len(live), sampling.max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(len(live), sampling.max_new_tokens, device=device)
         for step in range(sampling.max_new_tokens):
-            chosen, chosen_logprobs = pick(
-                logits, sampling.temperature, None if uniforms is None else uniforms[:, step]
-            )
-            tokens.append(chosen)
-            logprobs.append(chosen_logprobs)
-            done = done | torch.isin(chosen, ends)
-            if step + 1 == sampling.max_new_tokens or bool(done.all()):
+            draws = None if uniforms is None else uniforms[live, step]
+            chosen, logprobs[live, step] = pick(logits, rows, sampling.temperature, draws)
+            tokens[live, step] = chosen
+            going = ~torch.isin(chosen, ends)
+            live, rows, chosen = live[going], rows[going], chosen[going]
+            if step + 1 == sampling.max_new_tokens or len(live) == 0:
                 break
+            # Samples of a prompt that have said the same so far go on as one row.
+            distinct, rows = torch.unique(torch.stack([rows, chosen], dim=1), dim=0, return_inverse=True)
+            parents, chosen = distinct.unbind(dim=1)
+            cache.batch_select_indices(parents)
+            mask = mask[parents]
             positions = next_positions(mask)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             out = model(
@@ -96,7 +100,8 @@ class TransformersEngine:
                 use_cache=True,
             )
             logits = out.logits[:, -1]
-        flat = self._completions(torch.stack(tokens, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy())
+        said = slice(None, step + 1)
+        flat = self._completions(tokens[:, said].cpu().numpy(), logprobs[:, said].cpu().numpy())
         return [flat[i : i + sampling.samples] for i in range(0, len(flat), sampling.samples)]
 
     def _completions(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
@@ -119,24 +124,30 @@ class TransformersEngine:
 
 
 def pick(
-    logits: Float[Tensor, "rows vocabulary"], temperature: float, uniforms: Float[Tensor, " rows"] | None
-) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability under the distribution it was drawn from.
+    logits: Float[Tensor, "rows vocabulary"],
+    rows: Int[Tensor, " samples"],
+    temperature: float,
+    uniforms: Float[Tensor, " samples"] | None,
+) -> tuple[Int[Tensor, " samples"], Float[Tensor, " samples"]]:
+    """One token a sample and its log-probability under the distribution it was drawn from.
 
-    Sampling inverts the cumulative distribution at the row's own uniform draw, in float64: the
-    draw decides, never the order of rows in the batch.
+    Sampling inverts the cumulative distribution at the sample's own uniform draw, in float64: the
+    draw decides, never the order of samples in the batch.
+
+    Args:
+        rows: each sample's row of `logits`.
     """
     scaled = logits.float() / (temperature or 1.0)
     logprobs = scaled.log_softmax(dim=-1)
     if temperature == 0:
-        chosen = logprobs.argmax(dim=-1)
+        chosen = logprobs.argmax(dim=-1)[rows]
     else:
         if uniforms is None:
             raise ValueError("sampling at a temperature above 0 needs the requests' uniform draws")
-        cumulative = logprobs.double().exp().cumsum(dim=-1)
+        cumulative = logprobs.double().exp().cumsum(dim=-1)[rows]
         target = uniforms[:, None] * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-    return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
+    return chosen, logprobs[rows, chosen]
 
 
 def _stack_uniforms(requests: Sequence[Request], device: torch.device) -> Tensor | None:

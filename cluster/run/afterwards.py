@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.run import checkpoint, groups
+from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator
 from cluster.run.folder import RunFolder, RunFolderError
 from cluster.run.preflight import check_models
@@ -61,7 +62,8 @@ def evaluate_run(run: Path, step: int | None, split: str, prompts: int | None, c
     config, folder, tasks, started = _open(run)
 
     async def measure() -> tuple[Any, dict[str, float]]:
-        evaluator = Evaluator(config, started.fleet, tasks)
+        known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
+        evaluator = Evaluator(config, started.fleet, tasks, known)
         router = saved.learner.snapshot
         chosen = evaluator.prompts(split, prompts or config.evaluation.prompts)
         result, attention = await evaluator.router(chosen, router)

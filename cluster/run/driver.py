@@ -39,10 +39,10 @@ class Wave:
 
 @dataclass(frozen=True)
 class Features:
-    """Every expert's features of some prompts."""
+    """Every expert's call for the features of some prompts."""
 
     prompts: list[Prompt]
-    experts: list[Reference]
+    experts: list[Stage]
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,10 @@ class Driver:
             RunError: when a worker keeps failing; a checkpoint of the last update is written before.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
-                background = [tasks.create_task(self._rollouts()), tasks.create_task(self.recovery.watchdog.run())]
+            async with self.recovery.watchdog.watching(), asyncio.TaskGroup() as tasks:
+                rollouts = tasks.create_task(self._rollouts())
                 await self._training()
-                for task in background:
-                    task.cancel()
+                rollouts.cancel()
         except BaseExceptionGroup as group:
             await self._save_if_possible()
             raise _first(group) from group
@@ -190,12 +189,12 @@ class Driver:
     def _send(self, ordinals: list[int]) -> Sent:
         """Some prompts through experts, policy and verifiers."""
         prompts = [self.stream.prompt(ordinal) for ordinal in ordinals]
-        features = self._encode(prompts)
+        stages = self._encode(prompts)
+        features = [stage.reference for stage in stages]
         policy, verifier = self._idlest(self.fleet.rollouts), self._idlest(self.fleet.rewards)
         rollout, sampled = policy.call("sample", prompts, self._sampling, self.learning.router, *features, returns=2)
         scored, report = verifier.call("score", rollout, returns=2)
-        stages = [Stage.of(expert, reference) for expert, reference in zip(self.fleet.experts, features, strict=True)]
-        stages += [Stage.of(policy, rollout), Stage.of(verifier, report)]
+        stages = [*stages, Stage.of(policy, rollout), Stage.of(verifier, report)]
         self._load.update([policy.name, verifier.name])
         return Sent(ordinals, stages, sampled, scored, report, features, policy.name, verifier.name)
 
@@ -203,11 +202,10 @@ class Driver:
         """What comes of a call; on failure its prompts are to run again."""
         what, held = _prompts(sent.ordinals), [sent.verifier, sent.policy]
         try:
-            with self.recovery.watchdog.over(f"the call for {what}", sent.stages):
-                await self.fleet.get(sent.sampled, what)
-                self._load.subtract([held.pop()])
-                await self._notify()
-                report = await self.fleet.get(sent.report, what)
+            await self.fleet.get(sent.sampled, what, stages=sent.stages)
+            self._load.subtract([held.pop()])
+            await self._notify()
+            report = await self.fleet.get(sent.report, what, stages=sent.stages)
         except self.fleet.backend.errors as error:
             fault = await self.recovery.after(error, sent.stages)
             # What was made ahead may be of the worker that is gone.
@@ -231,9 +229,13 @@ class Driver:
                 self._filter(report.groups)
             self._changed.notify_all()
 
-    def _encode(self, prompts: list[Prompt]) -> list[Reference]:
+    def _encode(self, prompts: list[Prompt]) -> list[Stage]:
         ahead = self._ahead.pop(prompts[0].ordinal, None)
-        return ahead.experts if ahead is not None and ahead.prompts == prompts else self.fleet.encode(prompts)
+        return ahead.experts if ahead is not None and ahead.prompts == prompts else self._ask_experts(prompts)
+
+    def _ask_experts(self, prompts: list[Prompt]) -> list[Stage]:
+        references = self.fleet.encode(prompts)
+        return [Stage.of(expert, made) for expert, made in zip(self.fleet.experts, references, strict=True)]
 
     def _encode_ahead(self) -> None:
         """Features do not depend on the router: those of the next update are made while this one's prompts sample."""
@@ -244,7 +246,7 @@ class Driver:
         for at in range(0, len(upcoming) - size + 1, size):
             if upcoming[at] not in self._ahead:
                 prompts = [self.stream.prompt(ordinal) for ordinal in upcoming[at : at + size]]
-                self._ahead[upcoming[at]] = Features(prompts, self.fleet.encode(prompts))
+                self._ahead[upcoming[at]] = Features(prompts, self._ask_experts(prompts))
 
     def _idlest(self, handles: Sequence[Handle]) -> Handle:
         return min(handles, key=lambda handle: self._load[handle.name])

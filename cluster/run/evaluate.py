@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cluster.config import RunConfig
+from cluster.run.baselines import KnownBaselines
 from cluster.run.fleet import Fleet, Reference
 from cluster.run.metrics import attention_metrics
 from cluster.run.routing import RouteClassifier
@@ -35,10 +36,14 @@ class Answered:
 
 
 class Evaluator:
-    """Measures one router on one split."""
+    """Measures one router on one split.
 
-    def __init__(self, config: RunConfig, fleet: Fleet, tasks: Mapping[str, Task]) -> None:
-        self.config, self.fleet = config, fleet
+    known: baselines measured before.
+    """
+
+    def __init__(self, config: RunConfig, fleet: Fleet, tasks: Mapping[str, Task], known: KnownBaselines) -> None:
+        self.config, self.fleet, self.known = config, fleet, known
+        self._without_verdict = 0
         self.tasks = {name: task for name, task in tasks.items() if task.config.weight > 0}
         self.experts = [expert.name for expert in config.experts]
 
@@ -58,13 +63,25 @@ class Evaluator:
         return self._result(prompts, (await self._policy(prompts, router, donors)).outcomes)
 
     async def baselines(self, prompts: Sequence[Prompt], router: Reference) -> Evaluation:
-        """Systems that no training of the router can change: computed once a run."""
+        """Systems that no training of the router can change: measured once for equal models and prompts."""
+        examples = self.prompts("train", self.config.evaluation.router_examples)
+        path, without_verdict = self.known.path(prompts, examples), self._without_verdict
+        if (found := self.known.read(path)) is not None:
+            return found
+        results = await self._measure_baselines(prompts, examples, router)
+        if self._without_verdict == without_verdict:
+            self.known.write(path, results)
+        return results
+
+    async def _measure_baselines(
+        self, prompts: Sequence[Prompt], examples: Sequence[Prompt], router: Reference
+    ) -> Evaluation:
         frozen = await self._policy(prompts, router, donors=None)
         results = {"frozen_policy": self._result(prompts, frozen.outcomes)}
         own = {name: await self._own_answers(index, prompts) for index, name in enumerate(self.experts)}
         results |= {f"experts/{name}": self._result(prompts, outcomes) for name, outcomes in own.items()}
         matrix = np.array([own[name] for name in self.experts])
-        classifier = await self._route_classifier()
+        classifier = await self._route_classifier(examples)
         chosen = classifier.choose(await self._features(prompts))
         results["route_and_answer"] = self._result(prompts, matrix[chosen, np.arange(len(prompts))].tolist())
         results["oracle_route"] = self._result(prompts, matrix.max(axis=0).tolist())
@@ -82,26 +99,25 @@ class Evaluator:
             verifier = self.fleet.rewards[index % len(self.fleet.rewards)]
             references.append(verifier.call("score", rollout, returns=2)[1])
         reports: list[WaveReport] = await self.fleet.get_all(references, "evaluation")
-        outcomes = [
-            int(group.statuses[0] is RewardStatus.OK and group.rewards[0] >= RIGHT)
-            for report in reports
-            for group in report.groups
-        ]
-        return Answered(outcomes, reports)
+        groups = [group for report in reports for group in report.groups]
+        return Answered([self._outcome(group.statuses[0], group.rewards[0]) for group in groups], reports)
 
     async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
         messages = [prompt.messages for prompt in prompts]
         texts = self.fleet.experts[expert].call("answer", messages, self.config.sampling.max_new_tokens)
         scores = self.fleet.rewards[0].call("score_texts", list(prompts), texts)
         answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}")
-        return [int(score.status is RewardStatus.OK and score.reward >= RIGHT) for score in answered]
+        return [self._outcome(score.status, score.reward) for score in answered]
+
+    def _outcome(self, status: RewardStatus, reward: float) -> int:
+        self._without_verdict += status is not RewardStatus.OK
+        return int(status is RewardStatus.OK and reward >= RIGHT)
 
     async def _features(self, prompts: Sequence[Prompt]) -> np.ndarray:
         encoded: list[Encoded] = await self.fleet.get_all(self.fleet.encode(prompts), "encoding for evaluation")
         return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)
 
-    async def _route_classifier(self) -> RouteClassifier:
-        prompts = self.prompts("train", self.config.evaluation.router_examples)
+    async def _route_classifier(self, prompts: Sequence[Prompt]) -> RouteClassifier:
         right = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
         return RouteClassifier(await self._features(prompts), np.array(right))
 

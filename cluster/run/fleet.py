@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -85,6 +86,16 @@ class Inline:
         return getattr(self.worker, method)(*args, **kwargs)
 
 
+@dataclass(eq=False)
+class Wait:
+    """A remote wait under way.  stages: the workers its call goes through, if that is known; more may be added."""
+
+    what: str
+    stages: Sequence[Stage]
+    limit_s: float
+    began: float
+
+
 class Backend(Protocol):
     """What a fleet's place can say and do about its workers when something goes wrong.
 
@@ -156,6 +167,7 @@ class Fleet:
     """All workers of a run.  `experts` are in the router's order.
 
     deadline_s: of every wait; start_deadline_s: of those for workers that load models.
+    waits: all that are under way.
     """
 
     experts: Sequence[Handle]
@@ -165,6 +177,7 @@ class Fleet:
     deadline_s: float
     backend: Backend = field(default_factory=InProcess)
     start_deadline_s: float = 900.0
+    waits: set[Wait] = field(default_factory=set)
 
     @property
     def workers(self) -> list[Handle]:
@@ -176,31 +189,50 @@ class Fleet:
         messages = [prompt.messages for prompt in prompts]
         return [expert.call("encode", messages) for expert in self.experts]
 
-    async def get(self, reference: Reference, stage: str, limit_s: float | None = None) -> Any:
+    async def get(
+        self, reference: Reference, what: str, limit_s: float | None = None, stages: Sequence[Stage] = ()
+    ) -> Any:
         """The value of a reference, or of a coroutine.
 
         Args:
+            what: is waited for, for people.
             limit_s: instead of the deadline.
+            stages: the workers it goes through, in order.
 
         Raises:
             StuckError: when it does not come in time.
         """
-        if not inspect.isawaitable(reference):
-            return reference
+        (value,) = await self.get_all([reference], what, limit_s, stages)
+        return value
+
+    async def get_all(
+        self,
+        references: Sequence[Reference],
+        what: str,
+        limit_s: float | None = None,
+        stages: Sequence[Stage] = (),
+    ) -> list[Any]:
+        """The values of several references; see `get`."""
+        if not any(inspect.isawaitable(reference) for reference in references):
+            return list(references)
         limit = limit_s or self.deadline_s
+        wait = Wait(what, stages, limit, time.monotonic())
+        self.waits.add(wait)
         try:
             # Not `wait_for`, which on Python 3.11 swallows a cancellation that comes together with the answer.
             async with asyncio.timeout(limit):
-                return await reference
+                return list(await asyncio.gather(*map(_value, references)))
         except TimeoutError:
-            raise StuckError(f"{stage} gave no answer within {limit:g} s") from None
-
-    async def get_all(self, references: Sequence[Reference], stage: str, limit_s: float | None = None) -> list[Any]:
-        """The values of several references."""
-        return list(await asyncio.gather(*(self.get(reference, stage, limit_s) for reference in references)))
+            raise StuckError(f"{what} gave no answer within {limit:g} s") from None
+        finally:
+            self.waits.discard(wait)
 
     def close(self) -> None:
         """Ends the workers."""
         for handle in [*self.rewards, *self.rollouts, *self.experts, *self.learners]:
             if isinstance(handle, Inline) and hasattr(handle.worker, "close"):
                 handle.worker.close()
+
+
+async def _value(reference: Reference) -> Any:
+    return await reference if inspect.isawaitable(reference) else reference

@@ -15,13 +15,12 @@ from typing import TypeVar
 from cluster.run.fleet import Fault, Fleet, Reference, Stage, StuckError
 from cluster.run.recovery import Recovery
 from cluster.run.start import join_ranks
+from cluster.run.watchdog import ALIVE_S
 from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
 from learner.learner import LearnerState, UpdateResult
 
 T = TypeVar("T")
-
-ALIVE_S = 10.0  # a process that is gone says so at once, one that is busy not at all
 
 
 class LostGroupsError(RuntimeError):
@@ -81,8 +80,7 @@ class Learning:
         while True:
             stages: list[Stage] = []
             try:
-                with self.recovery.watchdog.over(f"update {self._kept.snapshot.version + 1}", stages):
-                    results, done = await self._run(job, stages)
+                results, done = await self._run(job, stages)
             except self.fleet.backend.errors as error:
                 fault = await self._rebuilt_after(error, stages)
                 if not self._is_of_learner(fault):
@@ -97,8 +95,9 @@ class Learning:
         """Does something outside training that needs the fleet, until it succeeds: evaluations, the last hashes."""
         while True:
             try:
-                await self._settle()
-                return await make()
+                async with self.recovery.watchdog.watching():
+                    await self._settle()
+                    return await make()
             except self.fleet.backend.errors as error:
                 fault = await self.recovery.after(error)
                 if fault.who in self.fleet.learners:
@@ -124,7 +123,8 @@ class Learning:
         stages += [Stage.of(rank, update) for rank, update in zip(ranks, updates, strict=True)]
         router = ranks[0].call("snapshot")
         moments = [rank.call("moments") for rank in ranks] if self.fleet.backend.survives else []
-        results: list[UpdateResult] = await self.fleet.get_all(updates, "the learner's update")
+        what = f"update {self._kept.snapshot.version + 1}"
+        results: list[UpdateResult] = await self.fleet.get_all(updates, what, stages=stages)
         return results, Done(job, router, await self.fleet.get(router, "the new router"), moments)
 
     async def _arrive(self, done: Done) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from cluster.run.fleet import Fault, Fleet, Handle, Stage, StuckError
-from cluster.run.watchdog import Watchdog, first_waiting
+from cluster.run.watchdog import Watchdog, first_silent, first_waiting
 
 LOST = "what is lost"  # counted under a name of its own: no worker is to blame
 LOST_IN_A_ROW = 1000  # without any success in between: one dead node loses many calls
@@ -68,7 +68,7 @@ class Recovery:
 
         Args:
             stages: the workers and references of the failed call, in order: the first reference that is
-                not ready is where it is stuck.
+                not ready is where it is stuck.  Without any, all workers are asked for a sign of life.
 
         Raises:
             RunError: when the worker keeps failing.
@@ -115,13 +115,15 @@ class Recovery:
                 del self._starting[handle.name]
 
     async def _stuck(self, fault: Fault, stages: Sequence[Stage]) -> Fault:
-        if (stage := first_waiting(self.fleet, stages)) is None:
+        stage = first_waiting(self.fleet, stages)
+        handle = stage.handle if stage else None if stages else await first_silent(self.fleet)
+        if handle is None:
             return fault
-        handle = stage.handle
+        generation = stage.generation if stage else handle.generation
         if time.monotonic() - self._starting.get(handle.name, -math.inf) < self.fleet.start_deadline_s:
             return Fault("replaced", handle.name, "it is still starting")
         stack = await asyncio.to_thread(self.fleet.backend.stack, handle)
-        if stage.generation != handle.generation:
+        if generation != handle.generation:
             return Fault("replaced", handle.name, fault.detail)  # several calls hung there: one has seen to it
         where = f"; its stack:\n{stack}" if stack else ""
         return Fault("stuck", handle.name, f"{fault.detail}{where}", handle)

@@ -17,6 +17,7 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.run import actors, checkpoint
 from cluster.run.admission import Admission, Limits
+from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.driver import Driver, Sink
 from cluster.run.evaluate import Evaluation, Evaluator
 from cluster.run.fleet import Fleet
@@ -95,7 +96,8 @@ class Session:
         if resumed is None:
             await driver.save()
         again = driver.learning.again
-        evaluator = Evaluator(self.config, fleet, self.tasks)
+        known = KnownBaselines(self.config, self.tasks, fingerprints(started.experts, started.policy))
+        evaluator = Evaluator(self.config, fleet, self.tasks, known)
         prompts = evaluator.prompts("test", self.config.evaluation.prompts)
         before = await again(lambda: self._before(evaluator, records, prompts, driver.learning.router))
         records.evaluator = evaluator

@@ -1,70 +1,85 @@
-"""Tells people which call takes long, since when and where it is stuck, before its deadline ends it."""
+"""Tells people which wait takes long, since when and where it is stuck, before its deadline ends it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
 
-from cluster.run.fleet import Fleet, Stage
+from cluster.run.fleet import Fleet, Handle, Stage, StuckError, Wait
 
-
-@dataclass(eq=False)
-class Call:
-    """Something that is waited for.  stages: the workers it goes through, in order; more may be added."""
-
-    what: str
-    stages: Sequence[Stage]
-    began: float
-    told: bool = False
+ALIVE_S = 10.0  # a process that is gone says so at once, one that is busy or hangs not at all
 
 
 class Watchdog:
-    """Looks at the calls under way.
+    """Looks at a fleet's waits.
 
-    after_s: seconds until a call is spoken of, once, and so is each process that calls wait for.
+    after_s: seconds until a wait is spoken of, once, and so is each process that others wait for.
     note: tells people.
     """
 
     def __init__(self, fleet: Fleet, after_s: float, note: Callable[[str], None]) -> None:
         self.fleet, self.after_s, self.note = fleet, after_s, note
-        self._calls: set[Call] = set()
+        self._looking = False
+        self._told: set[Wait] = set()
         self._spoken_of: set[tuple[str, int]] = set()
 
-    @contextlib.contextmanager
-    def over(self, what: str, stages: Sequence[Stage]) -> Iterator[None]:
-        """Watches a call for as long as the block lasts."""
-        call = Call(what, stages, time.monotonic())
-        self._calls.add(call)
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Looks for as long as the block lasts; a block inside another adds nothing."""
+        if self._looking:
+            yield
+            return
+        self._looking = True
+        looking = asyncio.create_task(self._look())
         try:
             yield
         finally:
-            self._calls.discard(call)
+            self._looking = False
+            looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await looking
 
-    async def run(self) -> None:
-        """Looks until it is cancelled."""
+    async def _look(self) -> None:
         while True:
             await asyncio.sleep(self.after_s / 4)
             now = time.monotonic()
-            for call in sorted(self._calls, key=lambda call: call.began):
-                if not call.told and call.began + self.after_s <= now:
-                    call.told = True
-                    await self._tell(call, now)
+            self._told &= self.fleet.waits
+            long = [wait for wait in self.fleet.waits - self._told if wait.began + self.after_s <= now]
+            for wait in sorted(long, key=lambda wait: wait.began):
+                self._told.add(wait)
+                await self._tell(wait)
 
-    async def _tell(self, call: Call, now: float) -> None:
-        stage = first_waiting(self.fleet, call.stages)
-        if stage is None or (stage.handle.name, stage.generation) in self._spoken_of:
+    async def _tell(self, wait: Wait) -> None:
+        stage = first_waiting(self.fleet, wait.stages)
+        handle = stage.handle if stage else None if wait.stages else await first_silent(self.fleet)
+        generation = stage.generation if stage else handle.generation if handle else 0
+        if handle is None or (handle.name, generation) in self._spoken_of:
             return
-        self._spoken_of.add((stage.handle.name, stage.generation))
-        stack = await asyncio.to_thread(self.fleet.backend.stack, stage.handle)
+        self._spoken_of.add((handle.name, generation))
+        stack = await asyncio.to_thread(self.fleet.backend.stack, handle)
         where = f"; its stack:\n{stack}" if stack else ""
-        deadline = f"the deadline is {self.fleet.deadline_s:g} s"
-        name = stage.handle.name
-        self.note(f"{call.what} has taken {now - call.began:.0f} s and waits for {name} ({deadline}){where}")
+        took, deadline = time.monotonic() - wait.began, f"the deadline is {wait.limit_s:g} s"
+        self.note(f"{wait.what}: {took:.0f} s already; it waits for {handle.name} ({deadline}){where}")
 
 
 def first_waiting(fleet: Fleet, stages: Sequence[Stage]) -> Stage | None:
     """The first worker that has not answered: where a call is stuck."""
     return next((stage for stage in stages if not fleet.backend.is_ready(stage.reference)), None)
+
+
+async def first_silent(fleet: Fleet) -> Handle | None:
+    """The first worker, in the order in which they wait for each other, that answers nobody."""
+
+    async def answers(handle: Handle) -> bool:
+        try:
+            await fleet.get(handle.call("ready"), handle.name, ALIVE_S)
+        except StuckError:
+            return False
+        except fleet.backend.errors:
+            return True  # it is gone: whoever waits for it will be told
+        return True
+
+    asked = await asyncio.gather(*map(answers, fleet.workers))
+    return next((handle for handle, answered in zip(fleet.workers, asked, strict=True) if not answered), None)

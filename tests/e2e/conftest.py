@@ -49,7 +49,7 @@ class Runs:
                     "sampling": {"samples": 4, "max_new_tokens": 4},
                     "rewards": {"binary_at": None},
                     "learner": {"groups": 8, "learning_rate": 3e-3, "warmup_steps": 2},
-                    "evaluation": {"prompts": 10, "validation_prompts": 5, "router_examples": 10},
+                    "evaluation": {"prompts": 10, "validation_prompts": 5, "router_examples": 10, "cache": None},
                     "checkpoint": {"every": 2},
                 }
             )

@@ -98,6 +98,7 @@ class FakeWorker:
     raises: dict[str, Exception] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
     queue: asyncio.Lock = field(default_factory=asyncio.Lock)
+    killed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def call(self, method: str, *args: Any, returns: int = 1, **kwargs: Any) -> Any:
         """A task, or two for the reward stage."""
@@ -115,7 +116,8 @@ class FakeWorker:
             prompts = values[0] if method == "sample" else ()
             if method in ("encode", "sample", "score", "update") and self.hangs:
                 self.hangs -= 1
-                await asyncio.sleep(3600)
+                await self.killed.wait()
+                raise Death(self, generation)
             if self.losses[method]:
                 self.losses[method] -= 1
                 raise Loss(f"what {method} needs is lost")
@@ -151,9 +153,11 @@ class Backend:
         return Fault("stuck", "", str(error))
 
     def restart(self, handle: Any) -> None:
-        """A new generation with an empty queue."""
+        """A new generation with an empty queue; what the old one still had to do fails."""
         handle.generation += 1
         handle.queue = asyncio.Lock()
+        handle.killed.set()
+        handle.killed = asyncio.Event()
 
     def is_ready(self, reference: Any) -> bool:
         """Done, well or badly."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster.run import watchdog
 from cluster.run.recovery import RunError
 from experts.state import RouterSnapshot
 from learner.engine import OptimizerState
@@ -216,8 +217,34 @@ def test_a_wait_that_grows_long_is_spoken_of_before_the_deadline(name: str) -> N
     )
     assert early < late
     note = stage.notes.notes[early]
-    what = "the call for prompts " if name == "Rollout(1)" else "update 1 "
-    assert note.startswith(what) and f"has taken 0 s and waits for {name} (the deadline is 1 s); its stack:" in note
+    assert note.startswith("prompts " if name == "Rollout(1)" else "update 1:")
+    assert f": 0 s already; it waits for {name} (the deadline is 1 s); its stack:" in note
+
+
+@pytest.mark.parametrize("name", ["Expert(0)", "Rollout(2)"])
+def test_a_worker_that_hangs_outside_training_is_found_by_its_silence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation's calls go through many workers: whoever gives no sign of life is named and started again."""
+    monkeypatch.setattr(watchdog, "ALIVE_S", 0.2)
+    stage = Stage(config(max_staleness=0, ray={"deadline_s": 1.0, "warning_s": 0.2}), World())
+    looked: list[int] = []
+
+    async def validate(step: int, router: Any) -> None:
+        if step == 3:
+            looked.append(step)
+            stage.worker(name).hangs = int(len(looked) == 1)
+            features = stage.fleet.encode([])
+            rollouts = [worker.call("sample", [], None, router, *features) for worker in stage.fleet.rollouts]
+            await stage.fleet.get_all(rollouts, "evaluation")
+
+    stage.notes.validate = validate  # type: ignore[method-assign]
+    stage.run()
+    assert len(looked) == 2
+    assert set(stage.recovery.restarts) == {name}
+    early, late = (note for note in stage.notes.notes if name in note)
+    assert f"0 s already; it waits for {name} (the deadline is 1 s); its stack" in early
+    assert late.startswith(f"{name} stuck: ") and "gave no answer within 1 s" in late
 
 
 def test_a_poisonous_prompt_ends_as_a_dead_letter_and_spares_the_others() -> None:
