@@ -1,4 +1,4 @@
-"""A task that random models can learn in seconds, answer with digits, and a router that hangs."""
+"""A task that random models can learn in seconds, answer with digits; a verifier and a router that hang."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ class Digits:
     def score(self, completion: str, prompt: Prompt) -> float:
         """Share of digits."""
         return sum(c.isdigit() for c in completion) / max(len(completion), 1)
+
+
+class Mute(Digits):
+    """Never gives a verdict."""
+
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """Nothing, for an hour."""
+        time.sleep(3600)
+        return 0.0
 
 
 class SleepyRouter(Perceiver):

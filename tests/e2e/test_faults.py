@@ -143,6 +143,8 @@ def test_chaos_ten_workers_and_the_driver_are_killed(runs: Runs) -> None:
         wait_for("step 3", lambda: steps(runs) >= 3, child, runs)
         for kind in victims[:5]:
             strike(runs, child, kind, rng)
+        saved = steps(runs) + 11
+        wait_for("a checkpoint that knows of these deaths", lambda: steps(runs) > saved, child, runs)
         kill_all(child.pid)
         child.wait()
     with running(runs, *arguments, "--resume") as child:
@@ -152,6 +154,19 @@ def test_chaos_ten_workers_and_the_driver_are_killed(runs: Runs) -> None:
             strike(runs, child, kind, rng)
         assert child.wait(2 * DEADLINE_S) == 0, (runs.folder / "output.txt").read_text()[-3000:]
     assert_whole(runs, updates)
+    summary = runs.summary()
+    assert sum(summary["restarts"].values()) == len(victims)
+    assert {kind: times["count"] for kind, times in summary["recovery_s"].items()} == {
+        name: victims.count(kind) for kind, name in zip(KINDS, ("Expert", "Rollout", "Reward", "Learner"), strict=True)
+    }
+    print("recovery, seconds:", summary["recovery_s"])
+    calm = runs.train("run=calm", f"steps={updates}", "max_staleness=2")
+    assert calm.returncode == 0, calm.stderr
+    undisturbed, before = (runs.summary("calm")[key]["router"]["mean"] for key in ("eval", "eval_before"))
+    disturbed = summary["eval"]["router"]["mean"]
+    print(f"accuracy: {disturbed:.3f}, undisturbed {undisturbed:.3f}, before training {before:.3f}")
+    assert undisturbed > before + 0.5
+    assert abs(disturbed - undisturbed) <= 0.03
 
 
 @pytest.mark.slow
