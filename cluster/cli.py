@@ -29,12 +29,18 @@ app = typer.Typer(
 )
 zoo_app = typer.Typer(help="The tiny local zoo of experts and policies.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
+tasks_app = typer.Typer()
+app.add_typer(tasks_app, name="tasks")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML recipe, e.g. configs/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key=value overrides, e.g. seed=1 learner.learning_rate=2e-4.", show_default=False),
 ]
+TaskName = Annotated[str, typer.Argument(help="A Reasoning Gym data set, or a task of --config.", show_default=False)]
+RecipeOption = Annotated[Path | None, typer.Option("--config", help="A recipe with the task.", show_default=False)]
+SeedOption = Annotated[int, typer.Option(help="What the entries are generated from.")]
+LevelOption = Annotated[int | None, typer.Option(help="Of the data set's curriculum.", min=0, show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/quickstart.", show_default=False)]
 
 
@@ -113,21 +119,57 @@ def zoo_build(
     console.print(f"zoo/{world} is at {build(world, force=force)}", highlight=False)
 
 
-@app.command()
+@tasks_app.callback(invoke_without_command=True)
 def tasks(
-    config: Annotated[Path, typer.Argument(help="A recipe whose tasks are shown.")] = Path("configs/quickstart.yaml"),
-    examples: Annotated[int, typer.Option(help="Examples a task.", min=1)] = 1,
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="Show a recipe's own tasks instead.", show_default=False)] = None,
+    category: Annotated[str | None, typer.Option(help="Only this category.", show_default=False)] = None,
+    examples: Annotated[int, typer.Option(help="With --config: examples a task.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show a recipe's tasks: how many prompts they have, and examples."""
-    from cluster.config import load
-    from rewards.sources import build_tasks
+    """List all Reasoning Gym tasks with an example each, or show one, or a recipe's."""
+    if context.invoked_subcommand is not None:
+        return
+    from cluster.run import catalogue
 
-    table = Table("task", "train", "validation", "test", "prompt", "answer", show_lines=True)
-    for name, task in build_tasks(load(config).data).items():
-        for index, prompt in enumerate(task.train[:examples]):
-            counts = [str(len(split)) for split in (task.train, task.validation, task.test)] if not index else [""] * 3
-            table.add_row(name if not index else "", *counts, prompt.text, prompt.answer)
-    console.print(table)
+    if config is not None:
+        catalogue.show_recipe(console, config, examples)
+    else:
+        catalogue.list_tasks(console, category, as_json)
+
+
+@tasks_app.command("show")
+def tasks_show(
+    name: TaskName,
+    config: RecipeOption = None,
+    seed: SeedOption = 0,
+    count: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 3,
+    level: LevelOption = None,
+) -> None:
+    """Render some prompts of a task, with their answers."""
+    from cluster.run.catalogue import show_task
+
+    show_task(console, name, config, seed, count, level)
+
+
+@app.command()
+def score(
+    name: TaskName,
+    source: Annotated[Path, typer.Option("--input", help="JSON lines with index and completion.", show_default=False)],
+    config: RecipeOption = None,
+    seed: SeedOption = 0,
+    level: LevelOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one completion.", min=0.01)] = 10.0,
+) -> None:
+    """Score a file of completions through a reward worker: try a verifier before a run trusts it."""
+    import json
+
+    from cluster.run.catalogue import score_file
+    from rewards.config import RewardsConfig
+
+    rewards = RewardsConfig(timeout_s=timeout, binary_at=None)
+    for line in score_file(name, config, seed, source, rewards, level):
+        print(json.dumps(line), flush=True)
 
 
 @app.command()

@@ -17,6 +17,9 @@ class ModelError(ValueError):
     """A model that cannot be used as asked; the message names it and what to do."""
 
 
+Messages = Sequence[Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class FrozenModel:
     """A causal language model none of whose parameters can ever have a gradient."""
@@ -47,17 +50,13 @@ class FrozenModel:
         with torch.no_grad():
             return self.model.get_input_embeddings()(tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text the model is shown: its chat template where it has one, else the contents joined by newlines."""
-        if getattr(self.tokenizer, "chat_template", None):
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return "\n".join(message["content"] for message in messages)
+    def render(self, messages: Messages) -> str:
+        """See `render`."""
+        return render(self.tokenizer, messages)
 
-    def tokenize(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of the rendered messages; a chat template brings its own special tokens."""
-        text = self.render(messages)
-        plain = not getattr(self.tokenizer, "chat_template", None)
-        return self.tokenizer(text, add_special_tokens=plain)["input_ids"]
+    def tokenize(self, messages: Messages) -> list[int]:
+        """See `tokenize`."""
+        return tokenize(self.tokenizer, messages)
 
     def fingerprint(self) -> str:
         """Hash of weights, tokenizer and chat template: what the model's answers depend on."""
@@ -65,6 +64,19 @@ class FrozenModel:
         digest.update(tokenizer_text(self.tokenizer).encode())
         digest.update(str(getattr(self.tokenizer, "chat_template", None)).encode())
         return digest.hexdigest()
+
+
+def render(tokenizer: Any, messages: Messages) -> str:
+    """The text a model is shown: its chat template where it has one, else the contents joined by newlines."""
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return "\n".join(message["content"] for message in messages)
+
+
+def tokenize(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of the rendered messages; a chat template brings its own special tokens."""
+    plain = not getattr(tokenizer, "chat_template", None)
+    return tokenizer(render(tokenizer, messages), add_special_tokens=plain)["input_ids"]
 
 
 def tokenizer_text(tokenizer: Any) -> str:
@@ -134,13 +146,21 @@ def check_end_token(path: str) -> None:
     Raises:
         ModelError: when there is none, or the tokenizer cannot be read.
     """
+    end_tokens(load_tokenizer(path), path)
+
+
+def load_tokenizer(path: str) -> Any:
+    """A model's tokenizer alone.
+
+    Raises:
+        ModelError: when it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path!r}: its tokenizer cannot be read: {_first_line(error)}") from error
-    end_tokens(tokenizer, path)
 
 
 def import_transformers() -> Any:

@@ -19,14 +19,15 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from numbers import Real
 
+from rewards.verifiers import WeightedSum
 from rewards.verify import Verifier
 from rollout.types import Prompt
 
 Item = tuple[str, str, Prompt]
-Verdict = float | str
+Verdict = tuple[float, float] | str  # the reward and the answer's own score, or why there is none
 READY = "ready"
 NOTHING_YET = "nothing yet"
-_NUMBER = struct.Struct("<cd")
+_NUMBERS = struct.Struct("<cdd")
 _PR_SET_PDEATHSIG = 1
 _REASON_LENGTH = 300
 
@@ -77,20 +78,23 @@ def _score(connection: Connection[object, object], verifiers: Mapping[str, Verif
 
 
 def pack(verdict: Verdict) -> bytes:
-    """One message: a number, or the reason why there is none.  Pickling it would take longer than scoring."""
-    return verdict.encode() if isinstance(verdict, str) else _NUMBER.pack(b"=", verdict)
+    """One message: two numbers, or the reason why there are none.  Pickling it would take longer than scoring."""
+    return verdict.encode() if isinstance(verdict, str) else _NUMBERS.pack(b"=", *verdict)
 
 
 def unpack(message: bytes) -> Verdict:
     """What `pack` was given."""
-    return float(_NUMBER.unpack(message)[1]) if message[:1] == b"=" else message.decode()
+    return _NUMBERS.unpack(message)[1:] if message[:1] == b"=" else message.decode()
 
 
 def _verdict(verifier: Verifier, completion: str, prompt: Prompt) -> Verdict:
     try:
+        if isinstance(verifier, WeightedSum):
+            reward, answer = verifier.judge(completion, prompt)
+            return (float(reward), answer) if math.isfinite(reward) else f"its terms add up to {reward}"
         score: object = verifier.score(completion, prompt)  # a promise that others' code may not keep
         if isinstance(score, Real) and math.isfinite(number := float(score)):
-            return number
+            return number, number
         return f"returned {score!a}, not a finite number"[:_REASON_LENGTH]
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever others' code does is one completion's affair
         return _reason(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -29,18 +30,67 @@ class AnswerRange(BaseModel):
         return self
 
 
+class ColumnsConfig(BaseModel):
+    """Which columns of a file or data set hold the question and the answer.
+
+    marker: the gold answer is what follows its last occurrence; None takes the whole column.
+    """
+
+    model_config = FROZEN
+    question: str = "question"
+    answer: str = "answer"
+    marker: str | None = "####"
+
+
+class RewardTerm(BaseModel):
+    """One addend of a task's reward.
+
+    kind: `answer` = the task's verifier; `format` = 1 when `pattern` is found in the completion; `length` = 1 up to
+        `characters`, falling linearly to 0 at twice as many; or your own `module:function`, called with completion
+        and prompt.
+    weight: may be negative.  The reward is the weighted sum, not divided by the weights.
+    """
+
+    model_config = FROZEN
+    kind: str
+    weight: float = 1.0
+    pattern: str = r"<answer>.*</answer>"
+    characters: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> RewardTerm:
+        if self.kind not in ("answer", "format", "length") and ":" not in self.kind:
+            raise ValueError(f"rewards: {self.kind!r} is neither answer, format, length nor module:function")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"rewards: pattern {self.pattern!r} is no regular expression: {error}") from error
+        return self
+
+
+SOURCES = ("dataset", "category", "compose", "path", "hub", "plugin")
+
+
 class TaskConfig(BaseModel):
     """One task of the mixture.
 
-    Exactly one of `dataset` (a Reasoning Gym data set), `compose` (names of other tasks, whose
-    integer answers are combined by `operation`), `path` (a local JSONL or Parquet file in
-    GSM8K's format, or openai/gsm8k) or `plugin` (`module:Class`) says where its prompts come from.
+    Exactly one of `dataset` (a Reasoning Gym data set), `category` (all data sets of a Reasoning Gym category, each a
+    task of its own named `<name>.<data set>`, sharing the weight), `compose` (names of other tasks, whose integer
+    answers are combined by `operation`), `path` (a local JSONL or Parquet file), `hub` (a data set of the Hugging
+    Face hub, as `name` or `name:configuration`) or `plugin` (`module:Class`) says where its prompts come from.
 
     weight: share of the training stream, relative to the other tasks; 0 keeps the task as a part
         of composed ones, unseen by itself.
     size: how many entries are generated, or at most read from a file, before splitting.  Held-out
         prompts are distinct; training prompts repeat as often as the source repeats them.
     config: the Reasoning Gym data set's own settings.
+    level: of the data set's curriculum, which sets what `config` leaves open; None takes the data set's defaults.
+    exclude: data sets that a category leaves out.
+    columns: of a file or a data set of the hub.
+    verifier: instead of the source's own: `number` (the final number, exactly), `math` (symbolic equality by
+        math-verify), `integer` (nothing but the integer), `text` (the same text, apart from spaces and case), or
+        `module:function`, called with completion and prompt.
+    rewards: what the reward adds up from; none means the verifier's score alone.
     """
 
     model_config = FROZEN
@@ -48,39 +98,67 @@ class TaskConfig(BaseModel):
     weight: float = Field(1.0, ge=0.0)
     size: int = Field(12_000, ge=1)
     dataset: str | None = None
+    category: str | None = None
+    exclude: tuple[str, ...] = ()
     config: dict[str, Any] = Field(default_factory=dict)
+    level: int | None = Field(None, ge=0)
     answers: AnswerRange | None = None
     compose: tuple[str, ...] | None = None
     operation: Literal["sum", "difference", "maximum"] = "sum"
     path: str | None = None
+    hub: str | None = None
+    columns: ColumnsConfig = ColumnsConfig()
     plugin: str | None = None
+    verifier: str | None = None
+    rewards: tuple[RewardTerm, ...] = ()
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
-        given = [key for key in ("dataset", "compose", "path", "plugin") if getattr(self, key) is not None]
+        given = [key for key in SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"task {self.name!r} needs exactly one of dataset, compose, path, plugin; got {given or 'none'}"
-            )
+            raise ValueError(f"task {self.name!r} needs exactly one of {', '.join(SOURCES)}; got {given or 'none'}")
         if self.compose is not None and len(self.compose) not in (2, 3):
             raise ValueError(f"task {self.name!r}: compose takes 2 or 3 tasks, got {len(self.compose)}")
-        if self.config and self.dataset is None:
-            raise ValueError(f"task {self.name!r}: config is for Reasoning Gym data sets; {given[0]} takes none")
+        for key, sources in _OF_SOURCES.items():
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True) and (
+                given[0] not in sources
+            ):
+                raise ValueError(f"task {self.name!r}: {key} is for {' or '.join(sources)}; {given[0]} takes none")
+        if self.verifier is not None and self.verifier not in VERIFIERS and ":" not in self.verifier:
+            raise ValueError(
+                f"task {self.name!r}: verifier {self.verifier!r} is neither {', '.join(VERIFIERS)} nor module:function"
+            )
         return self
+
+
+VERIFIERS = ("number", "math", "integer", "text")
+_OF_SOURCES = {
+    "config": ("dataset",),
+    "level": ("dataset", "category"),
+    "exclude": ("category",),
+    "columns": ("path", "hub"),
+}
 
 
 class DataConfig(BaseModel):
     """Where prompts come from.
 
     seed: of every generated entry and of the stream's order; the training seed does not touch it.
+    system: what stands in a system message in front of every prompt: one of Reasoning Gym's own (`default`, `simple`,
+        `direct`, `DeepSeekZero`, `chain_of_draft`), or the path of a text file; None leaves it out.
     template: how a question becomes the prompt's text; `{question}` stands for it.
+    max_prompt_tokens: prompts with more tokens, as the policy reads them, are left out (`long_prompts: drop`, said at
+        the start of a run) or refused (`long_prompts: refuse`).
     validation, test: shares of the distinct prompts held out, by a hash of the prompt's text, so
         that no training of any kind (policy, experts, router) ever sees them.
     """
 
     model_config = FROZEN
     seed: int = 1
+    system: str | None = None
     template: str = "{question}\nAnswer:"
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    long_prompts: Literal["drop", "refuse"] = "drop"
     validation: float = Field(0.1, gt=0.0, lt=0.5)
     test: float = Field(0.15, gt=0.0, lt=0.5)
     tasks: tuple[TaskConfig, ...]
@@ -109,6 +187,8 @@ class RewardsConfig(BaseModel):
     binary_at: when set, a score of at least this counts as 1 and anything less as 0.
     timeout_s: limit for scoring ONE completion; past it the verifier's process is killed and the
         completion is masked, never scored zero.
+    on_timeout: `mask` leaves a completion that got no verdict in time out of the loss; `zero` scores it 0, for tasks
+        whose answers make the verifier slow on purpose.  A verifier that fails masks in any case.
     masked_limit: a run stops, naming the verifier, when a task's share of masked completions is above
         this over its last groups (50 at least, 200 at most).
     """
@@ -117,4 +197,5 @@ class RewardsConfig(BaseModel):
     workers: int = Field(1, ge=1)
     binary_at: float | None = 0.99
     timeout_s: float = Field(10.0, gt=0.0)
+    on_timeout: Literal["mask", "zero"] = "mask"
     masked_limit: float = Field(0.2, gt=0.0, le=1.0)

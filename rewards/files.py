@@ -1,119 +1,92 @@
-"""Word problems in GSM8K's format: columns `question` and `answer`, the answer ending in "#### 42"."""
+"""Tasks from files and from the Hugging Face hub, through `datasets`: a column of questions, one of answers."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from rewards.config import DataConfig, TaskConfig
+from rewards.numbers import number
 from rewards.prompts import prompt_of
 from rewards.splits import split_of
 from rewards.verify import RewardsError
 from rollout.types import Prompt
 
-HUB = "openai/gsm8k"
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_FRACTION = r"\\[dt]?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}"
-_DECIMAL = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"(?:(?<![\d)])-)?\s*(?:\$\s*-?\s*)?(?:{_FRACTION}|(?:{_DECIMAL})(?:\s*/\s*\d+)?)")
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_MARKED = re.compile(r"####\s*([^\n]*)")
-_SPOKEN = re.compile(r"answer\s+is\s*:?(?=([^\n]*))", re.IGNORECASE)
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_CONFIGURATIONS = {"openai/gsm8k": "main"}  # of data sets that have several, where one is the usual
 
 
-@dataclass(frozen=True, slots=True)
-class NumberVerifier:
-    """Scores 1 when the completion's final number equals the gold answer exactly, else 0."""
-
-    def score(self, completion: str, prompt: Prompt) -> float:
-        """1.0 or 0.0."""
-        given = final_number(completion)
-        return float(given is not None and given == number(prompt.answer))
-
-
-def final_number(text: str) -> Fraction | None:
-    r"""The number that a solution ends with.
-
-    Looked for in this order: the last \boxed{}, the last "####", the last "answer is", and only if
-    none of them is there the last number of the text.
-    """
-    for marker in (_BOXED, _MARKED, _SPOKEN):
-        if found := marker.findall(text):
-            first = _NUMBER.search(found[-1])
-            return number(first.group()) if first else None
-    numbers = _NUMBER.findall(text)
-    return number(numbers[-1]) if numbers else None
-
-
-def number(text: str) -> Fraction | None:
-    r"""The exact value of "1,000", "$1,000", "1000.0", "3/4" or "\frac{3}{4}"; None for anything else."""
-    plain = re.sub(r"[\s$,]", "", text).rstrip(".")
-    if found := re.fullmatch(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}", plain):
-        plain = "{}{}/{}".format(*found.groups())
-    top, _, bottom = plain.partition("/")
-    try:
-        return Fraction(top) / Fraction(bottom or "1")
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def gsm8k_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
-    """The first `task.size` problems of the file, or of the public data set when `path` is openai/gsm8k.
-
-    The public data set's own test split stays the test split, so that results can be compared with
-    published ones; its training split gives train and validation.
+def file_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
+    """The first `task.size` rows of a local file.
 
     Raises:
-        RewardsError: missing or unreadable file, missing column, an answer that is no number.
+        RewardsError: missing or unreadable file, missing column, an answer that the verifier cannot compare.
     """
     assert task.path is not None
-    if task.path == HUB:
-        return _public(task, data)
-    return [_entry(task, data, row, index) for index, row in enumerate(_rows(task, task.path)[: task.size])]
-
-
-def _public(task: TaskConfig, data: DataConfig) -> list[Prompt]:
+    path = Path(task.path).expanduser()
+    if path.suffix not in _FORMATS:
+        raise RewardsError(
+            f"task {task.name!r}: path {task.path!r} ends in none of {', '.join(_FORMATS)}; "
+            "a data set of the Hugging Face hub goes into hub"
+        )
+    if not path.is_file():
+        raise RewardsError(f"task {task.name!r}: there is no file {task.path!r} (path is relative to where you start)")
     from datasets import load_dataset  # slow to import, and the scoring process never needs it
+    from datasets.exceptions import DatasetGenerationError
 
     try:
-        splits = load_dataset(HUB, "main")
+        rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise RewardsError(f"task {task.name!r}: cannot read {task.path!r}: {error.__cause__ or error}") from error
+    count = min(task.size, len(rows))
+    return [
+        _entry(task, data, row, f"row {index} of {task.path}") for index, row in enumerate(rows.select(range(count)))
+    ]
+
+
+def hub_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
+    """At most `task.size` rows of each split of a data set of the hub.
+
+    The data set's own test split stays the test split, so that results can be compared with published ones, and
+    so does its validation split; the rest, or all where it has no such splits, is split by the prompts' text.
+
+    Raises:
+        RewardsError: see `file_entries`; also when the hub cannot be reached.
+    """
+    assert task.hub is not None
+    from datasets import load_dataset
+
+    name, _, configuration = task.hub.partition(":")
+    try:
+        splits = load_dataset(name, configuration or _CONFIGURATIONS.get(name))
     except (OSError, ValueError) as error:
-        raise RewardsError(f"task {task.name!r}: cannot load {HUB} ({error}); give path a local file") from error
+        raise RewardsError(f"task {task.name!r}: cannot load {task.hub} ({error}); give path a local file") from error
+    held_out = {split for split in ("validation", "test") if split in splits}
     entries = []
-    for split in ("train", "test"):
-        for index, row in enumerate(splits[split]):
-            entry = _entry(task, data, row, index)
-            held_out = "validation" if split_of(entry.text, data) == "validation" else "train"
-            entry.payload["split"] = "test" if split == "test" else held_out
+    for split, rows in splits.items():
+        for index, row in enumerate(rows.select(range(min(task.size, len(rows))))):
+            entry = _entry(task, data, row, f"row {index} of {task.hub}, split {split}")
+            own = split_of(entry.text, data)
+            # What the data set holds out stays so; of the rest only what it does not hold out itself is held out.
+            entry.payload["split"] = split if split in held_out else "train" if own in held_out else own
             entries.append(entry)
     return entries
 
 
-def _rows(task: TaskConfig, name: str) -> list[dict[str, Any]]:
-    path = Path(name).expanduser()
-    if path.suffix not in _FORMATS:
-        raise RewardsError(f"task {task.name!r}: path {name!r} is neither .jsonl, .json, .parquet nor {HUB}")
-    if not path.is_file():
-        raise RewardsError(f"task {task.name!r}: there is no file {name!r} (path is relative to where you start)")
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return list(load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train"))
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise RewardsError(f"task {task.name!r}: cannot read {name!r}: {error.__cause__ or error}") from error
-
-
-def _entry(task: TaskConfig, data: DataConfig, row: dict[str, Any], index: int) -> Prompt:
-    for column in ("question", "answer"):
-        if not isinstance(row.get(column), str):
-            raise RewardsError(f"task {task.name!r}: row {index} of {task.path} has no text in column {column!r}")
-    gold = row["answer"].rpartition("####")[2].strip()
-    if number(gold) is None:
-        raise RewardsError(f"task {task.name!r}: row {index} of {task.path}: answer {gold!r} is no number")
-    return prompt_of(
-        task, data, question=row["question"], answer=gold.replace(",", ""), payload={"solution": row["answer"]}
-    )
+def _entry(task: TaskConfig, data: DataConfig, row: dict[str, Any], where: str) -> Prompt:
+    columns = task.columns
+    for column in (columns.question, columns.answer):
+        if not isinstance(row.get(column), (str, int, float)) or isinstance(row.get(column), bool):
+            raise RewardsError(
+                f"task {task.name!r}: {where} has no text in column {column!r}, only in {', '.join(row)}: "
+                "set columns.question and columns.answer"
+            )
+    solution = str(row[columns.answer])
+    gold = (solution.rpartition(columns.marker)[2] if columns.marker else solution).strip()
+    if task.verifier in (None, "number"):
+        if number(gold) is None:
+            raise RewardsError(
+                f"task {task.name!r}: {where}: answer {gold!r} is no number; set verifier to math, text or your own"
+            )
+        gold = gold.replace(",", "")
+    return prompt_of(task, data, question=str(row[columns.question]), answer=gold, payload={"solution": solution})

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import Enum
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import reasoning_gym
-from reasoning_gym.factory import DATASETS
+from reasoning_gym.factory import DATASETS, create_curriculum, has_curriculum
 from reasoning_gym.utils import extract_answer
 
 from rewards.config import DataConfig, TaskConfig
 from rewards.prompts import prompt_of
-from rewards.verify import RewardsError
+from rewards.verifiers import TextVerifier
+from rewards.verify import RewardsError, Verifier
 from rollout.types import Prompt
+
+# Data sets whose scoring accepts any answer at all (bool("False") is True): only the gold answer itself is right.
+CREDULOUS = ("game_of_life_halting",)
+# Data sets whose scoring raises on an answer that it cannot read; such an answer is wrong, not a failed verifier.
+UNREADABLE: dict[str, tuple[type[Exception], ...]] = {"prime_factorization": (ValueError,)}
 
 
 class GymVerifier:
     """The data set's own scoring of a completion, or of what it puts between <answer> and </answer>."""
 
-    def __init__(self, task: str, dataset: str, config: dict[str, Any]) -> None:
-        self.task, self.dataset, self.config = task, dataset, config
+    def __init__(self, task: str, dataset: str, config: dict[str, Any], level: int | None = None) -> None:
+        self.task, self.dataset, self.config, self.level = task, dataset, config, level
 
     @cached_property
     def _scorer(self) -> Any:
-        return _create(self.task, self.dataset, seed=0, size=1, config=self.config)
+        return _create(self.task, self.dataset, seed=0, size=1, config=self.config, level=self.level)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_scorer"}
@@ -34,9 +44,19 @@ class GymVerifier:
     def score(self, completion: str, prompt: Prompt) -> float:
         """Reasoning Gym's score, in [0, 1]."""
         tagged = extract_answer(completion)
-        return float(
-            self._scorer.score_answer((completion if tagged is None else tagged).strip(), prompt.payload["entry"])
-        )
+        answer = (completion if tagged is None else tagged).strip()
+        try:
+            return float(self._scorer.score_answer(answer, prompt.payload["entry"]))
+        except UNREADABLE.get(self.dataset, ()):
+            return 0.0
+
+
+def gym_verifier(task: TaskConfig) -> Verifier:
+    """The data set's own scoring, or ours where that cannot be trusted."""
+    assert task.dataset is not None
+    if task.dataset in CREDULOUS:
+        return TextVerifier()
+    return GymVerifier(task.name, task.dataset, task.config, task.level)
 
 
 def gym_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
@@ -46,21 +66,71 @@ def gym_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
         RewardsError: unknown data set or setting, or settings that the data set refuses.
     """
     assert task.dataset is not None
-    dataset = _create(task.name, task.dataset, seed=data.seed, size=task.size, config=task.config)
+    dataset = _create(task.name, task.dataset, seed=data.seed, size=task.size, config=task.config, level=task.level)
     try:
-        entries = [dataset[index] for index in range(task.size)]
+        with _global_draws(f"{data.seed}/{task.dataset}"):
+            entries = [dataset[index] for index in range(task.size)]
     except Exception as error:  # each of a hundred generators fails in its own way on settings it did not check
         raise RewardsError(
             f"task {task.name!r}: {task.dataset} cannot generate with config {task.config}: "
             f"{type(error).__name__}: {error}; change data.tasks' config"
         ) from error
     return [
-        prompt_of(task, data, question=entry["question"], answer=str(entry["answer"]), payload={"entry": entry})
+        prompt_of(task, data, question=entry["question"], answer=_gold(entry), payload={"entry": entry})
         for entry in entries
     ]
 
 
-def _create(task: str, name: str, *, seed: int, size: int, config: dict[str, Any]) -> Any:
+@contextmanager
+def _global_draws(seed: str) -> Iterator[None]:
+    """Some generators also draw from Python's and numpy's global generators: seeded for as long as the block lasts."""
+    kept, kept_numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(random.getrandbits(32))
+    try:
+        yield
+    finally:
+        random.setstate(kept)
+        np.random.set_state(kept_numpy)
+
+
+def _gold(entry: dict[str, Any]) -> str:
+    """The gold answer; empty where many answers are right and only the data set can tell."""
+    return "" if entry["answer"] is None else str(entry["answer"])
+
+
+def categories() -> dict[str, list[str]]:
+    """Names of the data sets by category; not those that need other data sets to work on."""
+    found: dict[str, list[str]] = {}
+    for name, (kind, _) in sorted(DATASETS.items()):
+        parts = kind.__module__.split(".")
+        if len(parts) > 2:
+            found.setdefault(parts[1], []).append(name)
+    return found
+
+
+def datasets_of(task: TaskConfig) -> list[str]:
+    """The data sets of a task's category, without those that it excludes.
+
+    Raises:
+        RewardsError: unknown category or excluded data set, or none is left.
+    """
+    known = categories()
+    category = str(task.category)
+    if category not in known:
+        nearest = _nearest(category, list(known))
+        raise RewardsError(f"task {task.name!r}: Reasoning Gym has no category {category!r}{nearest}")
+    members = known[category]
+    for name in task.exclude:
+        if name not in members:
+            raise RewardsError(f"task {task.name!r}: {task.category} has no data set {name!r}{_nearest(name, members)}")
+    left = [name for name in members if name not in task.exclude]
+    if not left:
+        raise RewardsError(f"task {task.name!r}: exclude leaves nothing of {task.category}")
+    return left
+
+
+def _create(task: str, name: str, *, seed: int, size: int, config: dict[str, Any], level: int | None) -> Any:
     if name not in DATASETS:
         raise RewardsError(f"task {task!r}: Reasoning Gym has no data set {name!r}{_nearest(name, list(DATASETS))}")
     known = {field.name: field for field in dataclasses.fields(DATASETS[name][1])}
@@ -72,12 +142,28 @@ def _create(task: str, name: str, *, seed: int, size: int, config: dict[str, Any
     if name == "aiw" and len(config.get("task_types", "abc")) != len(config.get("task_type_weights", "abc")):
         raise RewardsError(f"task {task!r}: aiw needs task_type_weights, one for each of task_types")
     try:
-        settings = {key: _enums(task, key, value, known[key]) for key, value in config.items()}
+        settings = _of_level(task, name, level) | {k: _enums(task, k, value, known[k]) for k, value in config.items()}
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **settings)
     except (AssertionError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, RewardsError):
             raise
         raise RewardsError(f"task {task!r}: {name} refuses config {config}: {error}") from error
+
+
+def _of_level(task: str, name: str, level: int | None) -> dict[str, Any]:
+    """The settings that the data set's curriculum gives a level."""
+    if level is None:
+        return {}
+    if not has_curriculum(name):
+        raise RewardsError(f"task {task!r}: {name} has no curriculum: leave level out")
+    curriculum = create_curriculum(name)
+    highest = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
+    if level > highest:
+        raise RewardsError(f"task {task!r}: the curriculum of {name} ends at level {highest}, level is {level}")
+    curriculum.set_global_level(level)
+    made = curriculum.generate_configuration()
+    fields = [field.name for field in dataclasses.fields(made) if field.name not in ("seed", "size")]
+    return {field: getattr(made, field) for field in fields}
 
 
 def _enums(task: str, key: str, value: Any, field: dataclasses.Field[Any]) -> Any:

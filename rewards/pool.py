@@ -151,8 +151,8 @@ class ScoringProcess:
 def _score(verdict: Verdict) -> Score:
     if isinstance(verdict, str):
         return _masked(RewardStatus.ERROR, verdict)
-    return Score(reward=verdict)
+    return Score(reward=verdict[0], answer=verdict[1])
 
 
 def _masked(status: RewardStatus, reason: str) -> Score:
-    return Score(reward=0.0, status=status, reason=reason)
+    return Score(reward=0.0, answer=0.0, status=status, reason=reason)

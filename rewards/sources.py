@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 from rewards.composed import composed_entries
 from rewards.config import DataConfig, TaskConfig
-from rewards.gsm8k import NumberVerifier, gsm8k_entries
+from rewards.files import file_entries, hub_entries
+from rewards.numbers import NumberVerifier
 from rewards.splits import SPLITS, Balance, Split, check_disjoint, split_of, within
+from rewards.verifiers import with_settings
 from rewards.verify import ExactInteger, RewardsError, Verifier
 from rollout.types import Prompt
 
@@ -52,27 +54,91 @@ def build_tasks(data: DataConfig) -> dict[str, Task]:
             training prompts.
     """
     sources: dict[str, tuple[list[Prompt], Verifier]] = {}
-    by_name = {task.name: task for task in data.tasks}
-    for task in data.tasks:
+    tasks = [single for task in data.tasks for single in _expanded(task)]
+    by_name = {task.name: task for task in tasks}
+    for task in tasks:
         if task.compose is None:
             sources[task.name] = _source(task, data)
-    for task in data.tasks:
+    for task in tasks:
         if task.compose is not None:
             for part in task.compose:
                 if by_name[part].compose is not None:
                     raise RewardsError(f"task {task.name!r}: its part {part!r} is composed itself; compose plain tasks")
             parts = [(by_name[part], sources[part][0]) for part in task.compose]
             sources[task.name] = composed_entries(task, data, parts), ExactInteger()
-    return {task.name: _task(task, data, *sources[task.name]) for task in data.tasks}
+    return {task.name: _task(task, data, *sources[task.name]) for task in tasks}
+
+
+def all_entries(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verifier]:
+    """Every entry of a task in its source's order, before any is held out, and the task's verifier.
+
+    Raises:
+        RewardsError: see `build_tasks`; also for a category, which is many tasks.
+    """
+    if task.category is not None:
+        raise RewardsError(f"task {task.name!r} is a category: name one of its data sets")
+    if task.compose is None:
+        entries, verifier = _source(task, data)
+    else:
+        by_name = {other.name: other for other in data.tasks}
+        parts = [(by_name[part], _source(by_name[part], data)[0]) for part in task.compose]
+        entries, verifier = composed_entries(task, data, parts), ExactInteger()
+    return entries, with_settings(task, verifier)
+
+
+def of_length(
+    tasks: Mapping[str, Task], data: DataConfig, count: Callable[[Prompt], int]
+) -> tuple[dict[str, Task], dict[str, int]]:
+    """The tasks without prompts of more than `data.max_prompt_tokens`, and how many each of them lost.
+
+    count: tokens of a prompt, as the policy reads it.
+
+    Raises:
+        RewardsError: with `long_prompts: refuse`, when there is one; when all of a task's prompts are too long.
+    """
+    limit = data.max_prompt_tokens
+    if limit is None:
+        return dict(tasks), {}
+    kept: dict[str, Task] = {}
+    lost: dict[str, int] = {}
+    for name, task in tasks.items():
+        lengths = {p.text: count(p) for p in {p.text: p for split in SPLITS for p in getattr(task, split)}.values()}
+        long = {text: length for text, length in lengths.items() if length > limit}
+        if long and data.long_prompts == "refuse":
+            text, length = max(long.items(), key=lambda item: item[1])
+            raise RewardsError(
+                f"task {name!r}: {len(long)} prompts are longer than data.max_prompt_tokens ({limit}), "
+                f"one has {length}: raise it, or set data.long_prompts to drop ({text[:60]!r})"
+            )
+        train, validation, test = ([p for p in getattr(task, split) if p.text not in long] for split in SPLITS)
+        if not train:
+            raise RewardsError(f"task {name!r}: all prompts are longer than data.max_prompt_tokens ({limit}): raise it")
+        kept[name] = replace(task, train=_numbered(train), validation=_numbered(validation), test=_numbered(test))
+        if long:
+            lost[name] = len(long)
+    return kept, lost
+
+
+def _expanded(task: TaskConfig) -> list[TaskConfig]:
+    """The task itself, or one for each data set of its category."""
+    if task.category is None:
+        return [task]
+    from rewards.gym import datasets_of
+
+    names = datasets_of(task)
+    changes = {"category": None, "exclude": (), "weight": task.weight / len(names)}
+    return [task.model_copy(update=changes | {"name": f"{task.name}.{name}", "dataset": name}) for name in names]
 
 
 def _source(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verifier]:
     if task.dataset is not None:
-        from rewards.gym import GymVerifier, gym_entries  # two seconds to import; files and plug-ins do without
+        from rewards.gym import gym_entries, gym_verifier  # two seconds to import; files and plug-ins do without
 
-        return gym_entries(task, data), GymVerifier(task.name, task.dataset, task.config)
+        return gym_entries(task, data), gym_verifier(task)
     if task.path is not None:
-        return gsm8k_entries(task, data), NumberVerifier()
+        return file_entries(task, data), NumberVerifier()
+    if task.hub is not None:
+        return hub_entries(task, data), NumberVerifier()
     return _plugin(task, data)
 
 
@@ -123,7 +189,7 @@ def _task(task: TaskConfig, data: DataConfig, entries: Sequence[Prompt], verifie
     balance = Balance(kept, task.answers.balance) if task.answers else None
     final = {split: _pool(task, data, split, pools[split], balance) for split in SPLITS}
     check_disjoint(task.name, final)
-    return Task(name=task.name, config=task, verifier=verifier, **final)
+    return Task(name=task.name, config=task, verifier=with_settings(task, verifier), **final)
 
 
 def _pool(
@@ -137,7 +203,11 @@ def _pool(
         chosen = balance.resample(chosen, len(chosen), rng)
     else:
         chosen = balance.order(chosen, rng)
-    return tuple(replace(entry, ordinal=index) for index, entry in enumerate(chosen))
+    return _numbered(chosen)
+
+
+def _numbered(entries: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    return tuple(replace(entry, ordinal=index) for index, entry in enumerate(entries))
 
 
 def _distinct(entries: Sequence[Prompt]) -> list[Prompt]:

@@ -9,6 +9,7 @@ from typing import Protocol
 from rollout.types import Prompt
 
 _INTEGER = re.compile(r"[+-]?\d+")
+_MOST_DIGITS = 1000  # an answer that goes on for longer is none
 
 
 class RewardsError(ValueError):
@@ -26,7 +27,7 @@ class Verifier(Protocol):
 def integer(text: str) -> int | None:
     """The integer that `text` consists of, spaces around it allowed, or None."""
     stripped = text.strip()
-    return int(stripped) if _INTEGER.fullmatch(stripped) else None
+    return int(stripped) if len(stripped) <= _MOST_DIGITS and _INTEGER.fullmatch(stripped) else None
 
 
 @dataclass(frozen=True, slots=True)

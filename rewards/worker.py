@@ -10,6 +10,7 @@ from typing import Any
 
 from rewards.config import RewardsConfig
 from rewards.pool import ScoringProcess
+from rewards.verifiers import WeightedSum
 from rewards.verify import RewardsError, Verifier
 from rollout.types import Group, Prompt, RewardStatus, Score
 
@@ -34,6 +35,9 @@ class RewardWorker:
         self._index = index
         self._closed = False
         self._tasks = frozenset(verifiers)
+        self._sums = {name for name, verifier in verifiers.items() if isinstance(verifier, WeightedSum)}
+        binary = {name: replace(v, binary_at=config.binary_at) for name, v in verifiers.items() if name in self._sums}  # type: ignore[type-var]
+        verifiers = {**verifiers, **binary}
         self._scored = dict.fromkeys(verifiers, 0)
         self._masked = dict.fromkeys(verifiers, 0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"reward-{index}")
@@ -88,7 +92,10 @@ class RewardWorker:
                 raise RewardsError(f"no verifier for task {group.prompt.task!r}; there are {sorted(self._tasks)}")
         items = [(group.prompt.task, c.text, group.prompt) for group in groups for c in group.completions]
         scores = iter(self._process.score(items))
-        scored = [group.scored(tuple(self._mapped(next(scores)) for _ in group.completions)) for group in groups]
+        scored = [
+            group.scored(tuple(self._mapped(next(scores), group.prompt.task) for _ in group.completions))
+            for group in groups
+        ]
         for group in scored:
             self._scored[group.prompt.task] += len(group.scores)
             self._masked[group.prompt.task] += sum(score.status is not RewardStatus.OK for score in group.scores)
@@ -96,9 +103,12 @@ class RewardWorker:
 
     def _score_texts(self, answers: Sequence[tuple[Prompt, str]]) -> list[Score]:
         items = [(prompt.task, text, prompt) for prompt, text in answers]
-        return [self._mapped(score) for score in self._process.score(items)]
+        return [self._mapped(s, task) for s, (task, *_) in zip(self._process.score(items), items, strict=True)]
 
-    def _mapped(self, score: Score) -> Score:
-        if self._config.binary_at is None or score.status is not RewardStatus.OK:
+    def _mapped(self, score: Score, task: str) -> Score:
+        if score.status is RewardStatus.TIMEOUT and self._config.on_timeout == "zero":
+            return Score(reward=0.0, answer=0.0, reason=score.reason)
+        if self._config.binary_at is None or score.status is not RewardStatus.OK or task in self._sums:
             return score
-        return replace(score, reward=float(score.reward >= self._config.binary_at))
+        binary = float(score.reward >= self._config.binary_at)
+        return replace(score, reward=binary, answer=binary)

@@ -95,11 +95,22 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A verifier's verdict on one completion; `reward` is meaningless unless `status` is OK."""
+    """A verifier's verdict on one completion; the numbers are meaningless unless `status` is OK.
+
+    reward: what is trained on.
+    answer: the answer's own score, which says whether it is right; None where that is the reward.
+    reason: why there is no verdict.
+    """
 
     reward: float
     status: RewardStatus = RewardStatus.OK
     reason: str = ""
+    answer: float | None = None
+
+    @property
+    def right(self) -> float:
+        """The answer's own score."""
+        return self.reward if self.answer is None else self.answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +228,7 @@ def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
         _join([c.logprobs for c in completions], np.float32),
         [c.text for c in completions],
         [c.finish.value for c in completions],
-        [(s.reward, s.status.value, s.reason) for s in scores],
+        [(s.reward, s.status.value, s.reason, s.answer) for s in scores],
     )
 
 
@@ -230,7 +241,7 @@ def _unpack(packed: tuple[Any, ...], *cost: Any) -> Rollout:
             for t, p, text, finish in zip(_cut(tokens), _cut(logprobs), texts, finishes, strict=True)
         ]
     )
-    scores = iter([Score(reward=r, status=RewardStatus(status), reason=why) for r, status, why in scored])
+    scores = iter([Score(reward=r, status=RewardStatus(s), reason=why, answer=a) for r, s, why, a in scored])
     columns = zip(prompts, samplings, routers, prefixes, counts, strict=True)
     arrays = zip(_cut(tokenised), _cut(masks), _cut(sketches), _cut(attentions), strict=True)
     groups = tuple(

@@ -14,7 +14,7 @@ from cluster.run import checkpoint, groups
 from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator
 from cluster.run.folder import RunFolder, RunFolderError
-from cluster.run.preflight import check_models
+from cluster.run.preflight import check_models, check_prompts
 from cluster.run.records import attention_by_task
 from cluster.run.start import Started, start_inline
 from cluster.watch import logs
@@ -45,6 +45,7 @@ def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
     for world in sorted(paths.worlds_named_by(config.models().values())):
         paths.ensure(world)
     check_models(config)
+    tasks = check_prompts(config, tasks, lambda note: None)
     return config, folder, tasks, start_inline(config, {name: task.verifier for name, task in tasks.items()})
 
 

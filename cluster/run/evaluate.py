@@ -100,18 +100,18 @@ class Evaluator:
             references.append(verifier.call("score", rollout, returns=2)[1])
         reports: list[WaveReport] = await self.fleet.get_all(references, "evaluation")
         groups = [group for report in reports for group in report.groups]
-        return Answered([self._outcome(group.statuses[0], group.rewards[0]) for group in groups], reports)
+        return Answered([self._outcome(group.statuses[0], group.right[0]) for group in groups], reports)
 
     async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
         messages = [prompt.messages for prompt in prompts]
         texts = self.fleet.experts[expert].call("answer", messages, self.config.sampling.max_new_tokens)
         scores = self.fleet.rewards[0].call("score_texts", list(prompts), texts)
         answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}")
-        return [self._outcome(score.status, score.reward) for score in answered]
+        return [self._outcome(score.status, score.right) for score in answered]
 
-    def _outcome(self, status: RewardStatus, reward: float) -> int:
+    def _outcome(self, status: RewardStatus, right: float) -> int:
         self._without_verdict += status is not RewardStatus.OK
-        return int(status is RewardStatus.OK and reward >= RIGHT)
+        return int(status is RewardStatus.OK and right >= RIGHT)
 
     async def _features(self, prompts: Sequence[Prompt]) -> np.ndarray:
         encoded: list[Encoded] = await self.fleet.get_all(self.fleet.encode(prompts), "encoding for evaluation")

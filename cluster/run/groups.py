@@ -74,7 +74,7 @@ def _pack(group: Group) -> dict[str, Any]:
         "prefix_rms_ratio": group.prefix_rms_ratio,
         "feature_keys": group.feature_keys,
         "attention": group.attention.tolist(),
-        "scores": [[score.reward, score.status, score.reason] for score in group.scores],
+        "scores": [[score.reward, score.status, score.reason, score.answer] for score in group.scores],
     }
 
 
@@ -101,5 +101,7 @@ def _unpack(packed: dict[str, Any], prompt: Callable[[int], Prompt]) -> Group:
         prefix_rms_ratio=packed["prefix_rms_ratio"],
         feature_keys=tuple(packed["feature_keys"]),
         attention=np.array(packed["attention"], dtype=np.float32),
-        scores=tuple(Score(reward=r, status=RewardStatus(s), reason=why) for r, s, why in packed["scores"]),
+        scores=tuple(
+            Score(reward=r, status=RewardStatus(s), reason=why, answer=a) for r, s, why, a in packed["scores"]
+        ),
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import ConfigError, RunConfig
 from cluster.zoo import paths as zoo
-from experts.loading import check_end_token, describe
+from experts.loading import check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
 from learner.algorithms import ALGORITHMS
+from rewards.sources import Task, of_length
 
 
 def model_path(reference: str) -> str:
@@ -48,6 +50,21 @@ def check_models(config: RunConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
     check_end_token(model_path(config.policy.model))
+
+
+def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[str], None]) -> dict[str, Task]:
+    """Leaves out prompts that are too long for `data.max_prompt_tokens`, and says how many.  The zoo must be built.
+
+    Raises:
+        ValueError: one line, naming the task and the remedy.
+    """
+    if config.data.max_prompt_tokens is None:
+        return dict(tasks)
+    tokenizer = load_tokenizer(model_path(config.policy.model))
+    kept, lost = of_length(tasks, config.data, lambda prompt: len(tokenize(tokenizer, prompt.messages)))
+    for name, count in lost.items():
+        note(f"task {name}: {count} prompts of more than {config.data.max_prompt_tokens} tokens are left out")
+    return kept
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class GroupReport:
     entropy: float
     bytes: int
     reason: str = ""
+    right: tuple[float, ...] = ()
 
     @property
     def ok_rewards(self) -> list[float]:
@@ -123,6 +124,7 @@ def _group_report(group: Group) -> GroupReport:
         task=group.prompt.task,
         version=group.router.version,
         rewards=tuple(score.reward for score in group.scores),
+        right=tuple(score.right for score in group.scores),
         statuses=tuple(score.status for score in group.scores),
         truncated=sum(completion.finish is FinishReason.LENGTH for completion in group.completions),
         prefix_rms_ratio=group.prefix_rms_ratio,

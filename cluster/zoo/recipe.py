@@ -185,7 +185,9 @@ class Recipe(BaseModel):
     @cached_property
     def fingerprint(self) -> str:
         """12 hex digits that change with the recipe and with ZOO_FORMAT."""
-        text = json.dumps([ZOO_FORMAT, self.model_dump(mode="json")], sort_keys=True)
+        # Of the data only what is said: a setting that tasks learn to have later does not make these others.
+        data = self.data.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps([ZOO_FORMAT, self.model_dump(mode="json") | {"data": data}], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property

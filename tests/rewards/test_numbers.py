@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.gsm8k import NumberVerifier, final_number, number
+from rewards.numbers import NumberVerifier, final_number, number
 from tests.rewards.verifiers import a_prompt
 
 

@@ -140,7 +140,10 @@ def test_a_plugin_brings_entries_and_scores(tasks: dict[str, Task]) -> None:
         ({"dataset": "chain_sum", "config": {"seed": 2}}, "set data.seed and the task's size instead of config.seed"),
         ({"dataset": "chain_sum", "config": {"min_terms": 9, "max_terms": 3}}, "chain_sum refuses config .*max_terms"),
         ({"path": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
-        ({"path": "some/dataset"}, "path 'some/dataset' is neither .jsonl, .json, .parquet nor openai/gsm8k"),
+        (
+            {"path": "some/dataset"},
+            "path 'some/dataset' ends in none of .jsonl, .* goes into hub",
+        ),
         ({"plugin": "Doubles"}, "plugin 'Doubles' must read module:Class"),
         ({"plugin": "tests.nothing:Doubles"}, "no module 'tests.nothing'"),
         ({"plugin": "tests.rewards.verifiers:Double"}, "module 'tests.rewards.verifiers' has no class 'Double'"),
@@ -187,7 +190,7 @@ def test_compositions_need_plain_parts_with_integer_answers() -> None:
     ("task", "message"),
     [
         ({"compose": ["t2"]}, "compose takes 2 or 3 tasks, got 1"),
-        ({"path": "x.jsonl", "config": {"min_terms": 1}}, "config is for Reasoning Gym data sets; path takes none"),
+        ({"path": "x.jsonl", "config": {"min_terms": 1}}, "config is for dataset; path takes none"),
         ({"dataset": "a", "answers": {"min": 3, "max": 1}}, "answers.min is 3, above answers.max, 1"),
     ],
 )
