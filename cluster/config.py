@@ -244,6 +244,7 @@ RESUMABLE = (
     "evaluation",
     "pipeline",
     "rewards.workers",
+    "rewards.processes",
     "rewards.timeout_s",
     "learner.ranks",
     "learner.zero_stage",

@@ -49,27 +49,41 @@ def micro_batches(groups: Sequence[Group], slots: int, limit: int) -> Iterator[l
     padding costs more than another pass would.
     """
     chosen: list[int] = []
+    total = _Padding()
     for index in sorted(range(len(groups)), key=lambda i: len(groups[i].prompt_tokens)):
-        with_this = [*chosen, index]
-        padded = _padded(groups, with_this, slots)
-        if chosen and (padded > limit or padded - _real(groups, with_this, slots) > WORTH_A_PASS):
+        with_this = total.plus(groups[index], slots)
+        if chosen and (with_this.padded > limit or with_this.padded - with_this.real > WORTH_A_PASS):
             yield chosen
-            with_this = [index]
-        chosen = with_this
+            chosen, with_this = [], _Padding().plus(groups[index], slots)
+        chosen, total = [*chosen, index], with_this
     if chosen:
         yield chosen
 
 
-def _padded(groups: Sequence[Group], indices: Sequence[int], slots: int) -> int:
-    prompt = max(len(groups[i].prompt_tokens) for i in indices) + slots
-    completion = max(len(c.tokens) for i in indices for c in groups[i].completions)
-    return sum(prompt + completion * len(groups[i].completions) for i in indices)
+@dataclass(frozen=True)
+class _Padding:
+    """What some groups cost together: their longest prompt and completion, how many of both, and their real tokens."""
 
+    prompt: int = 0
+    completion: int = 0
+    prompts: int = 0
+    completions: int = 0
+    real: int = 0
 
-def _real(groups: Sequence[Group], indices: Sequence[int], slots: int) -> int:
-    return sum(
-        slots + len(groups[i].prompt_tokens) + sum(len(c.tokens) for c in groups[i].completions) for i in indices
-    )
+    @property
+    def padded(self) -> int:
+        return self.prompts * self.prompt + self.completions * self.completion
+
+    def plus(self, group: Group, slots: int) -> _Padding:
+        lengths = [len(completion.tokens) for completion in group.completions]
+        prompt = len(group.prompt_tokens) + slots
+        return _Padding(
+            max(self.prompt, prompt),
+            max(self.completion, *lengths),
+            self.prompts + 1,
+            self.completions + len(lengths),
+            self.real + prompt + sum(lengths),
+        )
 
 
 def targets(groups: Sequence[Group], completions: CompletionBatch) -> Targets:

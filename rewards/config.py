@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
+_FUNCTION = re.compile(r"[\w.]+:\w+")
 
 
 class AnswerRange(BaseModel):
@@ -59,7 +60,7 @@ class RewardTerm(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> RewardTerm:
-        if self.kind not in ("answer", "format", "length") and ":" not in self.kind:
+        if self.kind not in ("answer", "format", "length") and not _FUNCTION.fullmatch(self.kind):
             raise ValueError(f"rewards: {self.kind!r} is neither answer, format, length nor module:function")
         try:
             re.compile(self.pattern)
@@ -124,7 +125,7 @@ class TaskConfig(BaseModel):
                 given[0] not in sources
             ):
                 raise ValueError(f"task {self.name!r}: {key} is for {' or '.join(sources)}; {given[0]} takes none")
-        if self.verifier is not None and self.verifier not in VERIFIERS and ":" not in self.verifier:
+        if self.verifier is not None and self.verifier not in VERIFIERS and not _FUNCTION.fullmatch(self.verifier):
             raise ValueError(
                 f"task {self.name!r}: verifier {self.verifier!r} is neither {', '.join(VERIFIERS)} nor module:function"
             )
@@ -184,6 +185,8 @@ class DataConfig(BaseModel):
 class RewardsConfig(BaseModel):
     """How answers are scored.
 
+    workers: reward workers, each with up to `processes` scoring processes: one from the start, more when calls
+        would wait for each other.
     binary_at: when set, a score of at least this counts as 1 and anything less as 0.
     timeout_s: limit for scoring ONE completion; past it the verifier's process is killed and the
         completion is masked, never scored zero.
@@ -195,6 +198,7 @@ class RewardsConfig(BaseModel):
 
     model_config = FROZEN
     workers: int = Field(1, ge=1)
+    processes: int = Field(2, ge=1)
     binary_at: float | None = 0.99
     timeout_s: float = Field(10.0, gt=0.0)
     on_timeout: Literal["mask", "zero"] = "mask"

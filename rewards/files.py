@@ -8,8 +8,8 @@ from typing import Any
 from rewards.config import DataConfig, TaskConfig
 from rewards.numbers import number
 from rewards.prompts import prompt_of
-from rewards.splits import split_of
-from rewards.verify import RewardsError
+from rewards.splits import split_of, split_text
+from rewards.verify import RewardsError, integer
 from rollout.types import Prompt
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -55,18 +55,20 @@ def hub_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
     """
     assert task.hub is not None
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     name, _, configuration = task.hub.partition(":")
     try:
         splits = load_dataset(name, configuration or _CONFIGURATIONS.get(name))
-    except (OSError, ValueError) as error:
-        raise RewardsError(f"task {task.name!r}: cannot load {task.hub} ({error}); give path a local file") from error
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        reason = " ".join(str(error).split())
+        raise RewardsError(f"task {task.name!r}: cannot load {task.hub} ({reason}); give path a local file") from error
     held_out = {split for split in ("validation", "test") if split in splits}
     entries = []
     for split, rows in splits.items():
         for index, row in enumerate(rows.select(range(min(task.size, len(rows))))):
             entry = _entry(task, data, row, f"row {index} of {task.hub}, split {split}")
-            own = split_of(entry.text, data)
+            own = split_of(split_text(entry), data)
             # What the data set holds out stays so; of the rest only what it does not hold out itself is held out.
             entry.payload["split"] = split if split in held_out else "train" if own in held_out else own
             entries.append(entry)
@@ -89,4 +91,6 @@ def _entry(task: TaskConfig, data: DataConfig, row: dict[str, Any], where: str) 
                 f"task {task.name!r}: {where}: answer {gold!r} is no number; set verifier to math, text or your own"
             )
         gold = gold.replace(",", "")
+    if task.verifier == "integer" and integer(gold) is None:
+        raise RewardsError(f"task {task.name!r}: {where}: answer {gold!r} is no integer; set verifier to number")
     return prompt_of(task, data, question=str(row[columns.question]), answer=gold, payload={"solution": solution})

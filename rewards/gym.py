@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from rollout.types import Prompt
 
 # Data sets whose scoring accepts any answer at all (bool("False") is True): only the gold answer itself is right.
 CREDULOUS = ("game_of_life_halting",)
+_NO_NUMBER = re.compile(r"(?<![a-z])(nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
 # Data sets whose scoring raises on an answer that it cannot read; such an answer is wrong, not a failed verifier.
 UNREADABLE: dict[str, tuple[type[Exception], ...]] = {"prime_factorization": (ValueError,)}
 
@@ -45,6 +47,9 @@ class GymVerifier:
         """Reasoning Gym's score, in [0, 1]."""
         tagged = extract_answer(completion)
         answer = (completion if tagged is None else tagged).strip()
+        # min(1, nan) is 1 to Python, and some scores are made that way: no number is no answer.
+        if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(prompt.answer):
+            return 0.0
         try:
             return float(self._scorer.score_answer(answer, prompt.payload["entry"]))
         except UNREADABLE.get(self.dataset, ()):

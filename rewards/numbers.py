@@ -14,6 +14,9 @@ _NUMBER = re.compile(rf"(?:(?<![\d)])-)?\s*(?:\$\s*-?\s*)?(?:{_FRACTION}|(?:{_DE
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _MARKED = re.compile(r"####\s*([^\n]*)")
 _SPOKEN = re.compile(r"answer\s+is\s*:?(?=([^\n]*))", re.IGNORECASE)
+# What makes a number a part of an expression: 3x, 2\pi, 10^3, \sqrt{2}, 5 + 3; not 5kg, 1000\text{ apples} or 12.\)
+_BOUND_BEFORE = re.compile(r"[A-Za-z_^{]$")
+_BOUND_AFTER = re.compile(r"[A-Za-z](?![A-Za-z])|_|\s*\^|\s*\\(?!text|\)|\]|%|,|;| |\$)|\s*[-+*/]\s*[\d\\(]")
 _MOST_DIGITS = 1000  # an answer that goes on for longer is none
 
 
@@ -44,10 +47,14 @@ def final_number(text: str) -> Fraction | None:
     None for a \boxed{} with several numbers, which would name more than one answer.
     """
     part = final_part(text)
-    numbers = _NUMBER.findall(text if part is None else part)
+    numbers = list(_NUMBER.finditer(text if part is None else part))
     if not numbers or (len(numbers) > 1 and _BOXED.search(text)):
         return None
-    return number(numbers[-1 if part is None else 0])
+    found = numbers[-1 if part is None else 0]
+    before, after = found.string[: found.start()], found.string[found.end() :]
+    if _BOUND_BEFORE.search(before) or _BOUND_AFTER.match(after):
+        return None
+    return number(found.group())
 
 
 def number(text: str) -> Fraction | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -17,6 +18,7 @@ from rewards.verify import RewardsError, Verifier
 from rollout.types import RewardStatus, Score
 
 LATE_IN_A_ROW = 3
+NOT_ASKED = f"{LATE_IN_A_ROW} times in a row: not asked again"
 START_S = 180.0  # a cold import of a large verifier library on a loaded machine stays well below this
 
 
@@ -75,7 +77,7 @@ class ScoringProcess:
                 late[task] = late[task] + 1 if score.status is RewardStatus.TIMEOUT else 0
             waiting = waiting[len(answered) :]
             hopeless = {task for task, count in late.items() if count >= LATE_IN_A_ROW}
-            not_tried = f"no verdict within {self._timeout_s:g} s, {LATE_IN_A_ROW} times in a row: not asked again"
+            not_tried = f"no verdict within {self._timeout_s:g} s, {NOT_ASKED}"
             scores |= {i: _masked(RewardStatus.TIMEOUT, not_tried) for i in waiting if items[i][0] in hopeless}
             waiting = [i for i in waiting if i not in scores]
         return [scores[i] for i in range(len(items))]
@@ -83,9 +85,11 @@ class ScoringProcess:
     def close(self) -> None:
         """End the process and whatever it has started; may be called twice."""
         self._connection.close()
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self._process.returncode is None:
+            # Also when it is gone already: what it has started may still be there.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def _score_until_restart(self, items: Sequence[Item]) -> list[Score]:
         """Scores of the first items: all of them, or up to the one that made a new process necessary.

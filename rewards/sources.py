@@ -13,7 +13,7 @@ from rewards.composed import composed_entries
 from rewards.config import DataConfig, TaskConfig
 from rewards.files import file_entries, hub_entries
 from rewards.numbers import NumberVerifier
-from rewards.splits import SPLITS, Balance, Split, check_disjoint, split_of, within
+from rewards.splits import SPLITS, Balance, Split, check_disjoint, split_of, split_text, within
 from rewards.verifiers import with_settings
 from rewards.verify import ExactInteger, RewardsError, Verifier
 from rollout.types import Prompt
@@ -56,6 +56,13 @@ def build_tasks(data: DataConfig) -> dict[str, Task]:
     sources: dict[str, tuple[list[Prompt], Verifier]] = {}
     tasks = [single for task in data.tasks for single in _expanded(task)]
     by_name = {task.name: task for task in tasks}
+    if len(by_name) < len(tasks):
+        twice = next(task.name for task in tasks if by_name[task.name] is not task)
+        raise RewardsError(f"task {twice!r} is named twice, once as a part of a category: rename one")
+    for task in tasks:
+        for part in task.compose or ():
+            if part not in by_name:
+                raise RewardsError(f"task {task.name!r} composes {part!r}, a category: name one of its data sets")
     for task in tasks:
         if task.compose is None:
             sources[task.name] = _source(task, data)
@@ -180,7 +187,7 @@ def _task(task: TaskConfig, data: DataConfig, entries: Sequence[Prompt], verifie
     kept = within(entries, task.answers)
     pools: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
     for entry in kept:
-        pools[entry.payload.get("split") or split_of(entry.text, data)].append(entry)
+        pools[entry.payload.get("split") or split_of(split_text(entry), data)].append(entry)
     if not pools["train"]:
         raise RewardsError(
             f"task {task.name!r}: no training prompts are left of {len(entries)} entries ({len(kept)} in the range of "

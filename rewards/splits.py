@@ -35,6 +35,11 @@ def split_of(text: str, data: DataConfig) -> Split:
     return "validation" if position >= 1.0 - data.validation else "train"
 
 
+def split_text(prompt: Prompt) -> str:
+    """What a prompt's split depends on: all it says but the system message."""
+    return "\n".join(message["content"] for message in prompt.messages if message["role"] != "system")
+
+
 def check_disjoint(task: str, pools: dict[Split, tuple[Prompt, ...]]) -> None:
     """Make sure that no text is in two splits and no held-out text comes twice.
 

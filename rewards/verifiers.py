@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from rewards.config import RewardTerm, TaskConfig
@@ -125,9 +126,9 @@ class WeightedSum:
     def judge(self, completion: str, prompt: Prompt) -> tuple[float, float]:
         """The reward, and the answer's own score."""
         right = self.answer.score(completion, prompt)
-        if not isinstance(right, (int, float)) or not math.isfinite(right):
+        if not isinstance(right, Real) or not math.isfinite(float(right)):
             raise ValueError(f"the answer's verifier returned {right!a}, not a finite number")
-        right = float(right if self.binary_at is None else right >= self.binary_at)
+        right = float(right) if self.binary_at is None else float(float(right) >= self.binary_at)
         reward = sum(w * (right if v is self.answer else v.score(completion, prompt)) for w, v in self.terms)
         return reward, right
 

@@ -105,22 +105,23 @@ class TransformersEngine:
         return [flat[i : i + sampling.samples] for i in range(0, len(flat), sampling.samples)]
 
     def _completions(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
+        """One a row; equal rows are one object, which saves everybody after this most of the work."""
         ended = np.isin(tokens, self.policy.end_tokens)
         stopped = np.asarray(ended.any(axis=1))
         lengths = np.where(stopped, ended.argmax(axis=1) + 1, tokens.shape[1])
-        shown = [
-            row[: length - 1 if stop else length] for row, length, stop in zip(tokens, lengths, stopped, strict=True)
-        ]
-        texts = self.policy.tokenizer.batch_decode(shown)
-        return [
-            Completion(
-                tokens=row[:length],
-                logprobs=row_logprobs[:length],
+        keys = [(t[:n].tobytes(), p[:n].tobytes()) for t, p, n in zip(tokens, logprobs, lengths, strict=True)]
+        rows = list({key: row for row, key in enumerate(keys)}.values())
+        shown = [tokens[row, : lengths[row] - 1 if stopped[row] else lengths[row]] for row in rows]
+        made = {
+            keys[row]: Completion(
+                tokens=tokens[row, : lengths[row]],
+                logprobs=logprobs[row, : lengths[row]],
                 text=text,
-                finish=FinishReason.STOP if stop else FinishReason.LENGTH,
+                finish=FinishReason.STOP if stopped[row] else FinishReason.LENGTH,
             )
-            for row, row_logprobs, length, stop, text in zip(tokens, logprobs, lengths, stopped, texts, strict=True)
-        ]
+            for row, text in zip(rows, self.policy.tokenizer.batch_decode(shown), strict=True)
+        }
+        return [made[key] for key in keys]
 
 
 def pick(

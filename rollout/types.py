@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Message(TypedDict):
@@ -212,8 +214,8 @@ def _cut(ragged: Ragged) -> Iterator[np.ndarray]:
 
 
 def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
-    completions = [completion for group in groups for completion in group.completions]
-    scores = [score for group in groups for score in group.scores]
+    completions, said = distinct_objects([completion for group in groups for completion in group.completions])
+    scores, scored = distinct_objects([score for group in groups for score in group.scores])
     return (
         [(g.prompt.ordinal, g.prompt.task, g.prompt.messages, g.prompt.answer, g.prompt.payload) for g in groups],
         [(g.sampling.temperature, g.sampling.max_new_tokens, g.sampling.samples) for g in groups],
@@ -228,20 +230,30 @@ def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
         _join([c.logprobs for c in completions], np.float32),
         [c.text for c in completions],
         [c.finish.value for c in completions],
+        said,
         [(s.reward, s.status.value, s.reason, s.answer) for s in scores],
+        scored,
     )
+
+
+def distinct_objects(objects: Sequence[T]) -> tuple[list[T], list[int]]:
+    """Every object once, and for each of the sequence its place among them."""
+    places: dict[int, int] = {}
+    for item in objects:
+        places.setdefault(id(item), len(places))
+    once = list({id(item): item for item in objects}.values())
+    return once, [places[id(item)] for item in objects]
 
 
 def _unpack(packed: tuple[Any, ...], *cost: Any) -> Rollout:
     prompts, samplings, routers, prefixes, counts, *rest = packed
-    tokenised, masks, sketches, attentions, tokens, logprobs, texts, finishes, scored = rest
-    completions = iter(
-        [
-            Completion(tokens=t, logprobs=p, text=text, finish=FinishReason(finish))
-            for t, p, text, finish in zip(_cut(tokens), _cut(logprobs), texts, finishes, strict=True)
-        ]
-    )
-    scores = iter([Score(reward=r, status=RewardStatus(s), reason=why, answer=a) for r, s, why, a in scored])
+    tokenised, masks, sketches, attentions, tokens, logprobs, texts, finishes, said, verdicts, scored = rest
+    distinct = [
+        Completion(tokens=t, logprobs=p, text=text, finish=FinishReason(finish))
+        for t, p, text, finish in zip(_cut(tokens), _cut(logprobs), texts, finishes, strict=True)
+    ]
+    judged = [Score(reward=r, status=RewardStatus(s), reason=why, answer=a) for r, s, why, a in verdicts]
+    completions, scores = (distinct[i] for i in said), (judged[i] for i in scored)
     columns = zip(prompts, samplings, routers, prefixes, counts, strict=True)
     arrays = zip(_cut(tokenised), _cut(masks), _cut(sketches), _cut(attentions), strict=True)
     groups = tuple(

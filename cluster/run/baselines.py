@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from rewards.sources import Task
 from rollout.types import Prompt
 
 FORMAT = 1  # rises when the baselines themselves are measured in another way
-MEASURED_BY = ("torch", "transformers", "reasoning-gym", "scikit-learn")
+MEASURED_BY = ("torch", "transformers", "reasoning-gym", "scikit-learn", "math-verify", "latex2sympy2-extended")
 
 
 class KnownBaselines:
@@ -34,18 +35,20 @@ class KnownBaselines:
 
         examples: what the route-and-answer classifier learns from.
 
-        Returns None where nothing is kept: without a folder, and with a plug-in, whose code no fingerprint covers.
+        Returns None where nothing is kept: without a folder, with code of the user's own, which no fingerprint covers,
+        and where a late verifier counts as a wrong answer.
         """
-        if self._folder is None or any(task.config.plugin for task in self._tasks.values()):
-            return None
         c = self._config
+        if self._folder is None or c.rewards.on_timeout == "zero" or any(map(_has_own_code, self._tasks.values())):
+            return None
         settings = {
             "format": FORMAT,
             "versions": {name: version(name) for name in MEASURED_BY},
             "models": list(self._models),
+            "experts": [expert.name for expert in c.experts],
             "policy_dtype": c.policy.dtype,
             "max_new_tokens": c.sampling.max_new_tokens,
-            "rewards": c.rewards.model_dump(mode="json", exclude={"workers"}),
+            "rewards": c.rewards.model_dump(mode="json", exclude={"workers", "processes"}),
             "tasks": {n: task.config.model_dump(mode="json", exclude={"weight"}) for n, task in self._tasks.items()},
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -61,18 +64,24 @@ class KnownBaselines:
             return None
 
     def write(self, path: Path | None, evaluation: Mapping[str, Result]) -> None:
-        """Keeps an evaluation, if it has a place."""
+        """Keeps an evaluation, if it has a place that can be written: a run does not depend on it."""
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(dict(evaluation)), encoding="utf-8")
-        unfinished.replace(path)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+            unfinished.write_text(json.dumps(dict(evaluation)), encoding="utf-8")
+            unfinished.replace(path)
 
 
 def fingerprints(experts: Iterable[Mapping[str, Any]], policy: Mapping[str, Any]) -> list[str]:
     """Of the models, from what their workers say of them."""
     return [str(info["fingerprint"]) for info in (*experts, policy)]
+
+
+def _has_own_code(task: Task) -> bool:
+    named = [task.config.verifier or "", *(term.kind for term in task.config.rewards)]
+    return task.config.plugin is not None or any(":" in name for name in named)
 
 
 def _lines(pools: Iterable[Sequence[Prompt]]) -> Iterable[bytes]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.config import RunConfig
 from cluster.run.baselines import KnownBaselines
-from cluster.run.fleet import Fleet, Reference
+from cluster.run.fleet import Fleet, Reference, Stage
 from cluster.run.metrics import attention_metrics
 from cluster.run.routing import RouteClassifier
 from cluster.run.scoring import WaveReport
@@ -90,7 +90,9 @@ class Evaluator:
     async def _policy(self, prompts: Sequence[Prompt], router: Reference, donors: Sequence[Prompt] | None) -> Answered:
         """Greedy answers; the prefix of each prompt comes from its donor, or there is none."""
         sampling = Sampling(temperature=0.0, max_new_tokens=self.config.sampling.max_new_tokens, samples=1)
-        references, size = [], self.config.evaluation.batch
+        references: list[Reference] = []
+        stages: list[Stage] = []
+        size = self.config.evaluation.batch
         for index, at in enumerate(range(0, len(prompts), size)):
             chunk = list(prompts[at : at + size])
             features = self.fleet.encode(donors[at : at + size]) if donors is not None else []
@@ -98,15 +100,19 @@ class Evaluator:
             rollout = worker.call("generate", chunk, sampling, router, *features, training=False)
             verifier = self.fleet.rewards[index % len(self.fleet.rewards)]
             references.append(verifier.call("score", rollout, returns=2)[1])
-        reports: list[WaveReport] = await self.fleet.get_all(references, "evaluation")
+            stages += [Stage.of(e, made) for e, made in zip(self.fleet.experts, features, strict=False)]
+            stages += [Stage.of(worker, rollout), Stage.of(verifier, references[-1])]
+        reports: list[WaveReport] = await self.fleet.get_all(references, "evaluation", stages=stages)
         groups = [group for report in reports for group in report.groups]
         return Answered([self._outcome(group.statuses[0], group.right[0]) for group in groups], reports)
 
     async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
         messages = [prompt.messages for prompt in prompts]
-        texts = self.fleet.experts[expert].call("answer", messages, self.config.sampling.max_new_tokens)
-        scores = self.fleet.rewards[0].call("score_texts", list(prompts), texts)
-        answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}")
+        asked, verifier = self.fleet.experts[expert], self.fleet.rewards[0]
+        texts = asked.call("answer", messages, self.config.sampling.max_new_tokens)
+        scores = verifier.call("score_texts", list(prompts), texts)
+        stages = [Stage.of(asked, texts), Stage.of(verifier, scores)]
+        answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}", stages=stages)
         return [self._outcome(score.status, score.right) for score in answered]
 
     def _outcome(self, status: RewardStatus, right: float) -> int:
@@ -114,7 +120,9 @@ class Evaluator:
         return int(status is RewardStatus.OK and right >= RIGHT)
 
     async def _features(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        encoded: list[Encoded] = await self.fleet.get_all(self.fleet.encode(prompts), "encoding for evaluation")
+        asked = self.fleet.encode(prompts)
+        stages = [Stage.of(expert, made) for expert, made in zip(self.fleet.experts, asked, strict=True)]
+        encoded: list[Encoded] = await self.fleet.get_all(asked, "encoding for evaluation", stages=stages)
         return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)
 
     async def _route_classifier(self, prompts: Sequence[Prompt]) -> RouteClassifier:

@@ -17,7 +17,11 @@ Reference = Any
 
 
 class StuckError(RuntimeError):
-    """A worker that gave no answer within its deadline."""
+    """A worker that gave no answer within its deadline.  stages: the workers that the call went through, if known."""
+
+    def __init__(self, message: str, stages: Sequence[Stage] = ()) -> None:
+        super().__init__(message)
+        self.stages = tuple(stages)
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ class Fleet:
             async with asyncio.timeout(limit):
                 return list(await asyncio.gather(*map(_value, references)))
         except TimeoutError:
-            raise StuckError(f"{what} gave no answer within {limit:g} s") from None
+            raise StuckError(f"{what} gave no answer within {limit:g} s", stages) from None
         finally:
             self.waits.discard(wait)
 

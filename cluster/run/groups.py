@@ -20,6 +20,7 @@ from rollout.types import (
     RouterStamp,
     Sampling,
     Score,
+    distinct_objects,
 )
 
 
@@ -58,14 +59,16 @@ def read_file(path: Path, prompt: Callable[[int], Prompt]) -> list[Group]:
 
 
 def _pack(group: Group) -> dict[str, Any]:
+    distinct, said = distinct_objects(group.completions)
     return {
         "ordinal": group.ordinal,
         "task": group.prompt.task,
         "prompt_tokens": group.prompt_tokens.tolist(),
         "completions": [
             {"tokens": c.tokens.tolist(), "logprobs": c.logprobs.tolist(), "text": c.text, "finish": c.finish}
-            for c in group.completions
+            for c in distinct
         ],
+        "samples": said,  # places among the completions, which are distinct
         "sampling": [group.sampling.temperature, group.sampling.max_new_tokens, group.sampling.samples],
         "router": [group.router.version, group.router.incarnation, group.router.checksum],
         "expert_mask": group.draws.expert_mask.tolist(),
@@ -81,18 +84,19 @@ def _pack(group: Group) -> dict[str, Any]:
 def _unpack(packed: dict[str, Any], prompt: Callable[[int], Prompt]) -> Group:
     temperature, max_new_tokens, samples = packed["sampling"]
     version, incarnation, checksum = packed["router"]
+    distinct = [
+        Completion(
+            tokens=np.array(c["tokens"], dtype=np.int64),
+            logprobs=np.array(c["logprobs"], dtype=np.float32),
+            text=c["text"],
+            finish=FinishReason(c["finish"]),
+        )
+        for c in packed["completions"]
+    ]
     return Group(
         prompt=prompt(packed["ordinal"]),
         prompt_tokens=np.array(packed["prompt_tokens"], dtype=np.int64),
-        completions=tuple(
-            Completion(
-                tokens=np.array(c["tokens"], dtype=np.int64),
-                logprobs=np.array(c["logprobs"], dtype=np.float32),
-                text=c["text"],
-                finish=FinishReason(c["finish"]),
-            )
-            for c in packed["completions"]
-        ),
+        completions=tuple(distinct[place] for place in packed["samples"]),
         sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens, samples=samples),
         router=RouterStamp(version=version, incarnation=incarnation, checksum=checksum),
         draws=Draws(expert_mask=np.array(packed["expert_mask"], dtype=bool)),

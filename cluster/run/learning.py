@@ -125,14 +125,19 @@ class Learning:
         moments = [rank.call("moments") for rank in ranks] if self.fleet.backend.survives else []
         what = f"update {self._kept.snapshot.version + 1}"
         results: list[UpdateResult] = await self.fleet.get_all(updates, what, stages=stages)
-        return results, Done(job, router, await self.fleet.get(router, "the new router"), moments)
+        snapshot = await self.fleet.get(router, "the new router", stages=[Stage.of(ranks[0], router)])
+        return results, Done(job, router, snapshot, moments)
 
     async def _arrive(self, done: Done) -> None:
         """Takes over an update's optimizer state, and lets go of what the update was made from."""
         optimizer = self._kept.optimizer
         if done.moments:
-            optimizer = await self.fleet.get(done.moments[0], "the optimizer's state")
+            optimizer = await self._moments(done)
         self._kept, self._unsettled = self._after(done, optimizer), None
+
+    async def _moments(self, done: Done) -> OptimizerState:
+        stages = [Stage.of(rank, moments) for rank, moments in zip(self.fleet.learners, done.moments, strict=True)]
+        return await self.fleet.get(done.moments[0], "the optimizer's state", stages=stages)
 
     async def _settle(self) -> None:
         """Waits until the last update's optimizer state is here."""
@@ -162,7 +167,7 @@ class Learning:
                     self.recovery.note("the optimizer goes on from its state one step before")
                 else:
                     _, again = await self._run(done.job, stages)
-                    optimizer = await self.fleet.get(again.moments[0], "the optimizer's state")
+                    optimizer = await self._moments(again)
                 await self._restore(self._after(done, optimizer))
                 return optimizer
             except self.fleet.backend.errors as failed:

@@ -75,7 +75,7 @@ class Recovery:
         """
         fault = self.fleet.backend.fault(error, self.fleet)
         if isinstance(error, StuckError):
-            fault = await self._stuck(fault, stages)
+            fault = await self._stuck(fault, stages or error.stages)
         if fault.kind == "replaced":
             return fault  # one death fails every call under way: the first of them has started the worker again
         who, limit = (LOST, LOST_IN_A_ROW) if fault.kind == "lost" else (fault.worker, self.max_restarts)

@@ -11,7 +11,7 @@ import numpy as np
 from rewards.config import RewardsConfig
 from rewards.verify import Verifier
 from rewards.worker import RewardWorker
-from rollout.types import FinishReason, Group, Prompt, RewardStatus, Rollout, Score
+from rollout.types import FinishReason, Group, Prompt, RewardStatus, Rollout, Score, distinct_objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,7 @@ def _group_report(group: Group) -> GroupReport:
         prefix_rms_ratio=group.prefix_rms_ratio,
         attention=tuple(attention.mean(axis=0).tolist()) if attention.size else (),
         entropy=float(entropy.mean()) if attention.size else 0.0,
-        bytes=group.prompt_tokens.nbytes + sum(c.tokens.nbytes + c.logprobs.nbytes for c in group.completions),
+        bytes=group.prompt_tokens.nbytes
+        + sum(c.tokens.nbytes + c.logprobs.nbytes for c in distinct_objects(group.completions)[0]),
         reason=next((score.reason for score in group.scores if score.status is not RewardStatus.OK), ""),
     )

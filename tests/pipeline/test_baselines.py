@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_without_a_folder_or_with_a_plugin_nothing_is_kept(tmp_path: Path, tasks
         baselines(made)
         assert made.measured == 2  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"verifier": "a:b"}, {"rewards": ({"kind": "a:b"},)}])
+def test_with_code_of_the_user_s_own_nothing_is_kept(tmp_path: Path, tasks: dict[str, Task], change: dict) -> None:
+    config = configuration(tmp_path)
+    task = tasks["sums"]
+    changed = type(task.config).model_validate(task.config.model_dump() | change)
+    made = evaluator(config, {"sums": replace(task, config=changed)})
+    baselines(made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path: Path, tasks: dict[str, Task]) -> None:
+    (tmp_path / "file").write_text("")
+    assert baselines(evaluator(configuration(tmp_path / "file" / "deep"), tasks)) == {"frozen_policy": RESULT}
 
 
 def test_a_measurement_with_late_verifiers_is_not_kept(tmp_path: Path, tasks: dict[str, Task]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rewards.config import DataConfig
-from rewards.sources import Task, build_tasks
+from rewards.sources import Task, build_tasks, of_length
 from rewards.verify import RewardsError
 from tests.rewards.conftest import BOTH, LEGS, SUMS, data_of
 
@@ -197,3 +197,98 @@ def test_compositions_need_plain_parts_with_integer_answers() -> None:
 def test_the_configuration_refuses_what_can_be_seen_without_data(task: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data_of({"name": "t", **task}, {"name": "t2", "plugin": PLUGIN})
+
+
+def test_a_category_is_one_task_a_data_set() -> None:
+    kept = ["acre", "list_functions"]
+    found = build_tasks(data_of({"name": "thinking", "category": "induction", "size": 30, "weight": 3.0}))
+    assert list(found) == [f"thinking.{name}" for name in kept]
+    assert [task.config.weight for task in found.values()] == [1.5, 1.5]
+    less = {"name": "thinking", "category": "induction", "size": 30, "exclude": ["acre"]}
+    assert list(build_tasks(data_of(less))) == ["thinking.list_functions"]
+    for change, message in (
+        ({"category": "inductive"}, "no category 'inductive'; did you mean induction"),
+        ({"category": "induction", "exclude": ["acer"]}, "induction has no data set 'acer'"),
+        ({"category": "induction", "exclude": kept}, "exclude leaves nothing of induction"),
+    ):
+        with pytest.raises(RewardsError, match=message):
+            build_tasks(data_of({"name": "t", **change}))
+
+
+def test_a_category_cannot_be_composed_nor_hide_another_task() -> None:
+    thinking = {"name": "thinking", "category": "induction", "size": 30}
+    sums = {"name": "sums", "dataset": "chain_sum", "size": 30}
+    with pytest.raises(RewardsError, match="'pair' composes 'thinking', a category"):
+        build_tasks(data_of(thinking, sums, {"name": "pair", "compose": ["thinking", "sums"]}))
+    with pytest.raises(RewardsError, match=r"'thinking.acre' is named twice"):
+        build_tasks(data_of(thinking, sums | {"name": "thinking.acre"}))
+
+
+def test_another_system_prompt_moves_no_prompt_into_another_split() -> None:
+    task = {"name": "sums", "dataset": "chain_sum", "size": 200}
+    plain, other = (build_tasks(data_of(task, system=name))["sums"] for name in (None, "simple"))
+    assert {p.payload["question"] for p in plain.test} == {p.payload["question"] for p in other.test}
+
+
+def test_a_level_of_the_curriculum_sets_what_the_configuration_leaves_open() -> None:
+    def longest(**settings: Any) -> int:
+        task = build_tasks(data_of({"name": "t", "dataset": "chain_sum", "size": 200, **settings}))["t"]
+        return max(prompt.text.count("+") + prompt.text.count(" - ") for prompt in task.train)
+
+    assert longest(level=0) < longest(level=3)
+    assert longest(level=3, config={"min_terms": 2, "max_terms": 2}) == 1
+    with pytest.raises(RewardsError, match=r"the curriculum of chain_sum ends at level \d+, level is 99"):
+        longest(level=99)
+    with pytest.raises(RewardsError, match="acre has no curriculum"):
+        build_tasks(data_of({"name": "t", "dataset": "acre", "level": 1}))
+
+
+def test_columns_and_verifier_of_a_file_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    rows = [{"problem": f"Expand (x+{n})^2", "solution": f"x^2+{2 * n}x+{n * n}"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"question": "problem", "answer": "solution", "marker": None}
+    found = build_tasks(data_of({"name": "t", "path": str(path), "columns": columns, "verifier": "math"}))["t"]
+    prompt = next(p for p in found.train if "(x+3)" in p.text)
+    assert found.verifier.score(r"\boxed{9 + 6x + x^2}", prompt) == 1.0
+    assert found.verifier.score(r"\boxed{9 + 5x + x^2}", prompt) == 0.0
+    with pytest.raises(RewardsError, match="has no text in column 'question', only in problem, solution"):
+        build_tasks(data_of({"name": "t", "path": str(path)}))
+    with pytest.raises(RewardsError, match="is no number; set verifier to math, text or your own"):
+        build_tasks(data_of({"name": "t", "path": str(path), "columns": columns}))
+
+
+def test_a_hub_data_set_keeps_its_own_held_out_splits(tmp_path: Path) -> None:
+    """A folder of files is a data set like one of the hub."""
+    for split, start, count in (("train", 0, 80), ("test", 80, 30)):
+        rows = [{"question": f"How much is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(start, start + count)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = build_tasks(data_of({"name": "t", "hub": str(tmp_path)}))["t"]
+    assert {prompt.text for prompt in found.test} == {f"How much is {n} + 1?\nAnswer:" for n in range(80, 110)}
+    assert len(found.train) + len(found.validation) == 80 and found.validation
+
+
+def test_a_system_prompt_stands_in_front(tmp_path: Path) -> None:
+    task = {"name": "doubles", "dataset": "chain_sum", "size": 60}
+    (tmp_path / "mine.txt").write_text("Be brief.\n")
+    for name, start in (("default", "Given a problem"), (str(tmp_path / "mine.txt"), "Be brief.")):
+        messages = build_tasks(data_of(task, system=name))["doubles"].train[0].messages
+        assert [message["role"] for message in messages] == ["system", "user"]
+        assert messages[0]["content"].startswith(start)
+    with pytest.raises(RewardsError, match="'defualt' is none of .*simple"):
+        build_tasks(data_of(task, system="defualt"))
+
+
+def test_prompts_that_are_too_long_are_left_out_or_refused() -> None:
+    data = data_of({"name": "sums", "dataset": "chain_sum", "size": 300}, max_prompt_tokens=40)
+    tasks = build_tasks(data)
+    short, lost = of_length(tasks, data, lambda prompt: len(prompt.text))
+    assert lost["sums"] > 0
+    for split in ("train", "validation", "test"):
+        pool = getattr(short["sums"], split)
+        assert all(len(prompt.text) <= 40 for prompt in pool)
+        assert [prompt.ordinal for prompt in pool] == list(range(len(pool)))
+    with pytest.raises(RewardsError, match="prompts are longer than data.max_prompt_tokens"):
+        of_length(tasks, data.model_copy(update={"long_prompts": "refuse"}), lambda prompt: len(prompt.text))
+    with pytest.raises(RewardsError, match="all prompts are longer"):
+        of_length(tasks, data, lambda prompt: 41)

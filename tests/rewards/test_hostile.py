@@ -1,0 +1,124 @@
+"""Hostile answers through real reward workers: every one gets a status, within the limit, and harms nothing else."""
+
+from __future__ import annotations
+
+import random
+import string
+import time
+import unicodedata
+
+import pytest
+
+from rewards.config import DataConfig, RewardsConfig, TaskConfig
+from rewards.numbers import NumberVerifier
+from rewards.sources import all_entries
+from rewards.verifiers import MathVerifier, TextVerifier
+from rewards.verify import ExactInteger, Verifier
+from rewards.worker import RewardWorker
+from rollout.types import Prompt, RewardStatus
+from tests.rewards.verifiers import a_prompt
+
+GYM = ("chain_sum", "leg_counting", "countdown", "simple_equations", "prime_factorization", "complex_arithmetic",
+       "decimal_arithmetic", "polynomial_equations", "sudoku", "word_sorting", "propositional_logic")  # fmt: skip
+LIMIT_S = 1.0
+NASTY = (
+    "", " ", "\x00", "\x00\x00<answer>\x00</answer>", "\u202e1\u202c", "\ud800", "a\ud800b", "\u0661\u0662\u0663",
+    "9**9**9**9", "<answer>9**9**9**9</answer>", "9" * 5000, "1/0", "1e999999999", "nan", "inf", "-", "--1", "0x10",
+    "(" * 10_000 + ")" * 10_000, "[" * 10_000, "{" * 10_000, "\\boxed{" * 5000, "\\frac{" * 3000, "x" * 1_000_000,
+    "1 " * 500_000, "<answer>" * 100_000, "answer is " * 50_000, "#### " * 100_000, "__import__('os')._exit(3)",
+    "exec('while True: pass')", "import sys; sys.exit()", "'; DROP TABLE answers; --", "%s%n%x" * 100, "\\" * 10_000,
+    "\n" * 100_000, "1" + "0" * 400 + "/" + "3" * 400, "I" * 10_000 + "V", "√" * 1000, "∞", "½", "１２", "a\r\nb\r",
+)  # fmt: skip
+ALPHABET = string.printable + "\x00\u202e\ud8001234567890()[]{}\\/^*+-=<>#$% éπ∑"
+
+
+@pytest.fixture(scope="module")
+def tasks() -> tuple[dict[str, Verifier], dict[str, list[Prompt]]]:
+    """At least ten verifiers with a few prompts each."""
+    verifiers: dict[str, Verifier] = {
+        "number": NumberVerifier(), "math": MathVerifier(), "text": TextVerifier(), "integer": ExactInteger()
+    }  # fmt: skip
+    prompts = {name: [a_prompt(name, answer="12")] for name in verifiers}
+    for name in GYM:
+        task = TaskConfig(name=name, dataset=name, size=3)
+        prompts[name], verifiers[name] = all_entries(task, DataConfig(seed=3, tasks=(task,)))
+    return verifiers, prompts
+
+
+def hostile(count: int, seed: int) -> list[str]:
+    """Random strings: noise, cuttings of nasty ones, repetitions."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        kind = rng.randrange(4)
+        if kind == 0:
+            made.append("".join(rng.choices(ALPHABET, k=rng.randrange(80))))
+        elif kind == 1:
+            nasty = rng.choice(NASTY)
+            start = rng.randrange(len(nasty) + 1)
+            made.append(nasty[start : start + rng.randrange(2000)])
+        elif kind == 2:
+            made.append(
+                rng.choice(("(", "9**", "-", "\\frac{1}{", "x^", "<answer>", "sqrt(", "[1, ")) * rng.randrange(300)
+            )
+        else:
+            text = list(str(rng.randrange(10**6)) + rng.choice(("", " apples", "!", ".0", "e5")))
+            text.insert(rng.randrange(len(text) + 1), rng.choice(ALPHABET))
+            made.append("".join(text))
+    return made
+
+
+def check(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]], cases: list[tuple[str, str]]) -> dict[str, int]:
+    """Scores (verifier, answer) pairs; counts the statuses."""
+    verifiers, prompts = tasks
+    worker = RewardWorker(verifiers, RewardsConfig(timeout_s=LIMIT_S, binary_at=None))
+    counts: dict[str, int] = {}
+    try:
+        names = list(verifiers)
+        sane = [(prompts[name][0], prompts[name][0].answer) for name in names if prompts[name][0].answer]
+        before = worker.score_texts(sane)
+        for at in range(0, len(cases), 50):
+            answers = [
+                (prompts[name][i % len(prompts[name])], text) for i, (name, text) in enumerate(cases[at : at + 50])
+            ]
+            began = time.monotonic()
+            scores = worker.score_texts(answers)
+            late = sum(score.status is RewardStatus.TIMEOUT for score in scores)
+            assert len(scores) == len(answers)
+            assert time.monotonic() - began < 60 + (LIMIT_S + 20) * late, "a stall that no status tells of"
+            for score, (prompt, text) in zip(scores, answers, strict=True):
+                counts[score.status.value] = counts.get(score.status.value, 0) + 1
+                assert score.status is RewardStatus.OK or score.reason, (prompt.task, text[:60])
+                accepted = score.status is RewardStatus.OK and score.reward >= 0.99
+                plain = "".join(unicodedata.normalize("NFKC", text).replace(",", "").split())
+                assert not accepted or "".join(prompt.answer.split()) in plain, (prompt.task, prompt.answer, text[:60])
+        assert worker.score_texts(sane) == before
+    finally:
+        worker.close()
+    return counts
+
+
+def in_turn(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]], texts: list[str]) -> list[tuple[str, str]]:
+    """Every text for one verifier, all verifiers in turn."""
+    names = list(tasks[0])
+    return [(names[i % len(names)], text) for i, text in enumerate(texts)]
+
+
+def test_the_nastiest_answers_to_every_verifier(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]]) -> None:
+    cases = [(name, text) for name in tasks[0] for text in NASTY]
+    counts = check(tasks, cases)
+    print(counts)
+    assert sum(counts.values()) == len(cases)
+
+
+def test_a_thousand_hostile_strings(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]]) -> None:
+    counts = check(tasks, in_turn(tasks, hostile(1000, seed=1)))
+    print(counts)
+    assert sum(counts.values()) == 1000
+
+
+@pytest.mark.slow
+def test_ten_thousand_hostile_strings(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]]) -> None:
+    counts = check(tasks, in_turn(tasks, hostile(10_000, seed=2)))
+    print(counts)
+    assert sum(counts.values()) == 10_000
