@@ -125,7 +125,7 @@ class WeightedSum:
 
     def judge(self, completion: str, prompt: Prompt) -> tuple[float, float]:
         """The reward, and the answer's own score."""
-        right = self.answer.score(completion, prompt)
+        right: Any = self.answer.score(completion, prompt)
         if not isinstance(right, Real) or not math.isfinite(float(right)):
             raise ValueError(f"the answer's verifier returned {right!a}, not a finite number")
         right = float(right) if self.binary_at is None else float(float(right) >= self.binary_at)

@@ -118,6 +118,7 @@ def wave_report(rollout: Rollout, groups: Sequence[Group], reward_s: float) -> W
 
 def _group_report(group: Group) -> GroupReport:
     attention = group.attention
+    distinct, _ = distinct_objects(group.completions)
     entropy = -(attention * np.log(np.maximum(attention, 1e-12))).sum(axis=-1)
     return GroupReport(
         ordinal=group.ordinal,
@@ -130,7 +131,6 @@ def _group_report(group: Group) -> GroupReport:
         prefix_rms_ratio=group.prefix_rms_ratio,
         attention=tuple(attention.mean(axis=0).tolist()) if attention.size else (),
         entropy=float(entropy.mean()) if attention.size else 0.0,
-        bytes=group.prompt_tokens.nbytes
-        + sum(c.tokens.nbytes + c.logprobs.nbytes for c in distinct_objects(group.completions)[0]),
+        bytes=group.prompt_tokens.nbytes + sum(c.tokens.nbytes + c.logprobs.nbytes for c in distinct),
         reason=next((score.reason for score in group.scores if score.status is not RewardStatus.OK), ""),
     )

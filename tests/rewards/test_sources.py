@@ -275,7 +275,7 @@ def test_a_system_prompt_stands_in_front(tmp_path: Path) -> None:
         messages = build_tasks(data_of(task, system=name))["doubles"].train[0].messages
         assert [message["role"] for message in messages] == ["system", "user"]
         assert messages[0]["content"].startswith(start)
-    with pytest.raises(RewardsError, match="'defualt' is none of .*simple"):
+    with pytest.raises(RewardsError, match=r"'defualt' is none of .*simple"):
         build_tasks(data_of(task, system="defualt"))
 
 
@@ -288,7 +288,7 @@ def test_prompts_that_are_too_long_are_left_out_or_refused() -> None:
         pool = getattr(short["sums"], split)
         assert all(len(prompt.text) <= 40 for prompt in pool)
         assert [prompt.ordinal for prompt in pool] == list(range(len(pool)))
-    with pytest.raises(RewardsError, match="prompts are longer than data.max_prompt_tokens"):
+    with pytest.raises(RewardsError, match=r"prompts are longer than data\.max_prompt_tokens"):
         of_length(tasks, data.model_copy(update={"long_prompts": "refuse"}), lambda prompt: len(prompt.text))
     with pytest.raises(RewardsError, match="all prompts are longer"):
         of_length(tasks, data, lambda prompt: 41)
