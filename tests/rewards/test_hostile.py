@@ -20,6 +20,7 @@ from tests.rewards.verifiers import a_prompt
 
 GYM = ("chain_sum", "leg_counting", "countdown", "simple_equations", "prime_factorization", "complex_arithmetic",
        "decimal_arithmetic", "polynomial_equations", "sudoku", "word_sorting", "propositional_logic")  # fmt: skip
+THOROUGHLY = ("number", "math", "text", "integer", "countdown", "simple_equations", "complex_arithmetic")
 LIMIT_S = 1.0
 NASTY = (
     "", " ", "\x00", "\x00\x00<answer>\x00</answer>", "\u202e1\u202c", "\ud800", "a\ud800b", "\u0661\u0662\u0663",
@@ -104,8 +105,8 @@ def in_turn(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]], texts: l
     return [(names[i % len(names)], text) for i, text in enumerate(texts)]
 
 
-def test_the_nastiest_answers_to_every_verifier(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]]) -> None:
-    cases = [(name, text) for name in tasks[0] for text in NASTY]
+def test_the_nastiest_answers(tasks: tuple[dict[str, Verifier], dict[str, list[Prompt]]]) -> None:
+    cases = [(name, text) for name in THOROUGHLY for text in NASTY]
     counts = check(tasks, cases)
     print(counts)
     assert sum(counts.values()) == len(cases)
