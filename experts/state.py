@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import nn
 
 from experts.config import RouterConfig
@@ -106,7 +106,8 @@ def put_arrays(router: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, config: RouterConfig) -> None:
     """Writes `router.safetensors` and `router.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: torch.from_numpy(np.array(a)) for n, a in snapshot.arrays.items()}, folder / "router.safetensors")
+    # Not `save_file`, whose error on a full disk is no OSError.
+    (folder / "router.safetensors").write_bytes(save(dict(snapshot.arrays)))
     meta = {
         "version": snapshot.version,
         "incarnation": snapshot.incarnation,
@@ -133,7 +134,7 @@ def load_router(folder: Path, shape: RouterShape, config: RouterConfig) -> Route
             raise RouterError(
                 f"router {folder}: saved with router.{key} {meta['config'][key]}, not {getattr(config, key)}"
             )
-    arrays = {name: tensor.numpy() for name, tensor in load_file(folder / "router.safetensors").items()}
+    arrays = load_file(folder / "router.safetensors")
     if checksum(arrays) != meta["checksum"]:
         raise RouterError(f"router {folder}: router.safetensors does not match its checksum: copy it again")
     return RouterSnapshot(meta["version"], meta["incarnation"], meta["checksum"], arrays)

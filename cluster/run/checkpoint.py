@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from cluster.run import groups
 from experts.config import RouterConfig
@@ -51,7 +51,7 @@ def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: Router
     shutil.rmtree(partial, ignore_errors=True)
     save_router(partial, checkpoint.learner.snapshot, shape, router)
     arrays, meta = _flatten(checkpoint.learner)
-    save_file(arrays, partial / "learner.safetensors")
+    (partial / "learner.safetensors").write_bytes(save(arrays))
     (partial / "learner.json").write_text(json.dumps(meta, indent=2) + "\n")
     (partial / "driver.json").write_text(json.dumps(checkpoint.driver) + "\n")
     groups.write_file(partial / FINISHED, checkpoint.finished)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,17 @@ class RunFolder:
         partial = self.summary.with_suffix(".partial")
         partial.write_text(json.dumps(summary, indent=2) + "\n")
         partial.replace(self.summary)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the place in errors of writing, which a full disk raises without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_space(where: Path) -> None:

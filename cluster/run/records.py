@@ -13,7 +13,7 @@ from cluster.config import RunConfig
 from cluster.run import checkpoint, groups
 from cluster.run.evaluate import Evaluation, Evaluator, summary_of
 from cluster.run.fleet import Fault, Reference
-from cluster.run.folder import RunFolder
+from cluster.run.folder import RunFolder, naming
 from cluster.watch import logs
 from cluster.watch.board import Board
 from cluster.watch.figure import training_figure
@@ -58,7 +58,8 @@ class Records:
 
     def step(self, record: dict[str, Any]) -> None:
         """See `Sink.step`."""
-        self._metrics.append(record)
+        with naming(self.folder.metrics):
+            self._metrics.append(record)
         if self._board is None:
             self._board = Board(self.folder.path)
         self._board.step(record["step"], {k: v for k, v in record.items() if k not in ("step", "ordinals")})
@@ -69,7 +70,8 @@ class Records:
 
     def groups(self, step: int, kept: list[Group]) -> None:
         """See `Sink.groups`."""
-        groups.write(self.folder.groups, step, kept)
+        with naming(self.folder.groups):
+            groups.write(self.folder.groups, step, kept)
 
     def dead(self, ordinal: int, task: str, fault: Fault) -> None:
         """See `Sink.dead`."""
@@ -80,7 +82,8 @@ class Records:
     def checkpoint(self, step: int, learner: LearnerState, driver: dict[str, Any], finished: list[Group]) -> None:
         """See `Sink.checkpoint`."""
         kept = checkpoint.Checkpoint(step, learner, driver, finished)
-        checkpoint.write(self.folder.checkpoints, kept, self.shape, self.config.router, self.config.checkpoint.keep)
+        with naming(self.folder.checkpoints):
+            checkpoint.write(self.folder.checkpoints, kept, self.shape, self.config.router, self.config.checkpoint.keep)
 
     async def validate(self, step: int, router: Reference) -> None:
         """See `Sink.validate`."""
