@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,19 +17,29 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(
-    ("how", "cause"), [("full", "No space left on device"), ("read-only", "Read-only file system")]
-)
-def test_a_disk_that_fails_ends_the_run_with_the_file_and_a_resume_goes_on(runs: Runs, how: str, cause: str) -> None:
+def on_a_small_disk(runs: Runs, how: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A run whose folder lies on a disk of its own; see `small_disk.py`."""
     folder = runs.folder / "runs"
-    command = runs.command("steps=60", "checkpoint.every=2")
     apart = ["unshare", "--map-root-user", "--mount", sys.executable, str(HERE / "small_disk.py")]
-    done = runs.start([*apart, how, str(folder), str(folder / "run" / "metrics.jsonl"), *command])
+    command = runs.command(*arguments)
+    return runs.start([*apart, how, str(folder), str(folder / "run" / "metrics.jsonl"), *command])
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_the_place_and_a_resume_goes_on(runs: Runs) -> None:
+    done = on_a_small_disk(runs, "full", "steps=60", "checkpoint.every=2")
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "the run stopped" in line]
-    assert cause in line and str(folder / "run") in line and "--resume" in line, line
+    assert "No space left on device" in line and str(runs.folder / "runs" / "run") in line and "--resume" in line, line
     assert "Traceback" not in done.stderr
     assert "resumed: exit status 0 after 60 steps" in done.stderr
+
+
+def test_a_read_only_run_folder_is_refused_at_once(runs: Runs) -> None:
+    done = on_a_small_disk(runs, "read-only", "steps=2")
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot be written: Read-only file system: choose another root=FOLDER" in line
+    assert "Traceback" not in done.stderr
 
 
 def test_a_verifier_that_stays_mute_stops_the_run_by_its_task(runs: Runs) -> None:
