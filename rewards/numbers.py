@@ -52,7 +52,8 @@ def final_number(text: str) -> Fraction | None:
         return None
     found = numbers[-1 if part is None else 0]
     before, after = found.string[: found.start()], found.string[found.end() :]
-    if _BOUND_BEFORE.search(before) or _BOUND_AFTER.match(after):
+    touches = not found.group()[0].isspace()
+    if (touches and _BOUND_BEFORE.search(before)) or _BOUND_AFTER.match(after):
         return None
     return number(found.group())
 

@@ -280,15 +280,17 @@ def test_a_system_prompt_stands_in_front(tmp_path: Path) -> None:
 
 
 def test_prompts_that_are_too_long_are_left_out_or_refused() -> None:
-    data = data_of({"name": "sums", "dataset": "chain_sum", "size": 300}, max_prompt_tokens=40)
+    data = data_of({"name": "sums", "dataset": "chain_sum", "size": 300})
     tasks = build_tasks(data)
+    limit = sorted(len(prompt.text) for prompt in tasks["sums"].train)[100]
+    data = data.model_copy(update={"max_prompt_tokens": limit})
     short, lost = of_length(tasks, data, lambda prompt: len(prompt.text))
     assert lost["sums"] > 0
     for split in ("train", "validation", "test"):
         pool = getattr(short["sums"], split)
-        assert all(len(prompt.text) <= 40 for prompt in pool)
+        assert all(len(prompt.text) <= limit for prompt in pool)
         assert [prompt.ordinal for prompt in pool] == list(range(len(pool)))
     with pytest.raises(RewardsError, match=r"prompts are longer than data\.max_prompt_tokens"):
         of_length(tasks, data.model_copy(update={"long_prompts": "refuse"}), lambda prompt: len(prompt.text))
     with pytest.raises(RewardsError, match="all prompts are longer"):
-        of_length(tasks, data, lambda prompt: 41)
+        of_length(tasks, data, lambda prompt: limit + 1)
