@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from experts.state import Arrays
+from learner.compiled import drop_stale_lock
 from learner.config import LearnerConfig
 from learner.schedule import learning_rate
 
@@ -53,6 +54,7 @@ def import_deepspeed() -> Any:
         os.environ["PATH"] = os.pathsep.join([beside, path])
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+        drop_stale_lock()
     import deepspeed
 
     return deepspeed

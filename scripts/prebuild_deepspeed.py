@@ -10,21 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.jobs.doctor import op_folder, stale_lock
-
-
-def drop_stale_lock() -> None:
-    """Removes the lock of a build that was killed.
-
-    A living build closes its lock an instant before it removes it, so only a lock that nobody holds twice in a row
-    is stale.
-    """
-    if stale_lock(op_folder()) is None:
-        return
-    time.sleep(1.0)
-    if lock := stale_lock(op_folder()):
-        lock.unlink(missing_ok=True)
-        print(f"removed the lock of a build that was killed: {lock}")
+from learner.compiled import drop_stale_lock
 
 
 def main() -> int:
@@ -35,7 +21,8 @@ def main() -> int:
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed may take a driver without a device for a GPU
     # torch calls `ninja` by name; pip put it beside the interpreter.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    drop_stale_lock()
+    if lock := drop_stale_lock():
+        print(f"removed the lock of a build that was killed: {lock}")
 
     from deepspeed.accelerator import get_accelerator
 

@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 from cluster.jobs import doctor
-from cluster.jobs.doctor import Check, checks, report, stale_lock
+from cluster.jobs.doctor import Check, checks, report
+from learner.compiled import drop_stale_lock, stale_lock
+from learner.engine import import_deepspeed
 
 
 @pytest.fixture
@@ -146,6 +148,16 @@ def test_a_lock_is_stale_only_when_nobody_holds_it(tmp_path):
     with lock.open("x"):
         assert stale_lock(tmp_path) is None
     assert stale_lock(tmp_path) == lock
+
+
+def test_a_killed_build_s_lock_is_dropped_before_a_learner_starts_and_a_living_one_s_is_not(built):
+    lock = built / "lock"
+    with lock.open("x"):
+        import_deepspeed()
+        assert lock.exists()
+    import_deepspeed()
+    assert not lock.exists()
+    assert drop_stale_lock() is None
 
 
 def test_a_stale_lock_fails_the_op(built):

@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from learner.compiled import OP, op_folder, stale_lock
+
 DISTRIBUTION = "n-musketeers"
-OP = "deepspeed_shm_comm"
 PREBUILD = "run .venv/bin/python scripts/prebuild_deepspeed.py"
 GIB = 2**30
 # A worker that has imported torch and transformers holds about half a GiB; the smallest run has a handful.
@@ -85,35 +86,6 @@ def report(found: list[Check], console: Console) -> int:
     failed = sum(not check.ok for check in found)
     console.print(f"\n{failed} of {len(found)} checks failed" if failed else f"\nall {len(found)} checks passed")
     return 1 if failed else 0
-
-
-def op_folder() -> Path:
-    """Where torch keeps its build of DeepSpeed's CPU communication op (torch's own rule, CUDA or CPU)."""
-    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(root) / OP
-    import torch
-    from torch.utils.cpp_extension import get_default_build_root
-
-    build = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
-    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
-    return Path(get_default_build_root()) / f"{python}_{build}" / OP
-
-
-def stale_lock(folder: Path) -> Path | None:
-    """The lock of a build in `folder` that no process holds: left by one that was killed, it blocks all later ones.
-
-    torch's lock is a file that its holder keeps open until it removes it.
-    """
-    lock = (folder / "lock").resolve()
-    if not lock.exists():
-        return None
-    for process in psutil.process_iter():
-        try:
-            if any(Path(file.path) == lock for file in process.open_files()):
-                return None
-        except psutil.Error:  # gone meanwhile, or another user's, who has a cache of their own
-            continue
-    return lock
 
 
 def _guarded(name: str, check: Callable[[], Check | list[Check]]) -> list[Check]:
