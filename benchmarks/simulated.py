@@ -79,7 +79,9 @@ class Host:
             await _wait(self.latencies.reward_s)
         version, ordinals = rollout
         ok = (RewardStatus.OK, RewardStatus.OK)
-        groups = tuple(GroupReport(n, "task", version, (0.0, 1.0), ok, 0, 1.0, (1.0,), 0.0, 1) for n in ordinals)
+        groups = tuple(
+            GroupReport(n, "task", version, (0.0, 1.0), ok, 0, 1.0, (1.0,), 0.0, 1, (0.0, 1.0)) for n in ordinals
+        )
         return rollout, WaveReport(groups, 0, 0, 0, 0.0, 0.0, 0.0)
 
     async def update(self, worker: str, batch: Sequence[int], waves: int, *parts: Any) -> UpdateResult:
@@ -150,6 +152,16 @@ class Stream:
     def prompt(self, ordinal: int) -> Prompt:
         """Of a position."""
         return Prompt(ordinal=ordinal, task="task", messages=(), answer="")
+
+    def note(self, task: str, ordinal: int, right: float) -> None:
+        """No curriculum."""
+
+    def advance(self, unissued: int) -> None:
+        """No curriculum."""
+
+    def levels(self) -> dict[str, int]:
+        """No curriculum."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Nothing to keep."""

@@ -69,6 +69,29 @@ class RewardTerm(BaseModel):
         return self
 
 
+class CurriculumConfig(BaseModel):
+    """Automatic difficulty: training starts at the first level and moves on as answers get right.
+
+    levels: of the data set's curriculum, from easy to hard.  Held-out prompts come from all of them at any time.
+    raise_at: share of right answers, over the last `window` prompts of the present level, from which the next one is
+        taken up; at `lower_at` and below it is the one before.
+    """
+
+    model_config = FROZEN
+    levels: tuple[int, ...] = Field(min_length=2)
+    raise_at: float = Field(0.7, gt=0.0, le=1.0)
+    lower_at: float = Field(0.05, ge=0.0, lt=1.0)
+    window: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CurriculumConfig:
+        if sorted(set(self.levels)) != list(self.levels) or self.levels[0] < 0:
+            raise ValueError(f"curriculum.levels must rise from 0 or above, got {list(self.levels)}")
+        if self.lower_at >= self.raise_at:
+            raise ValueError(f"curriculum.lower_at {self.lower_at} must be below raise_at {self.raise_at}")
+        return self
+
+
 SOURCES = ("dataset", "category", "compose", "path", "hub", "plugin")
 
 
@@ -87,6 +110,7 @@ class TaskConfig(BaseModel):
     config: the Reasoning Gym data set's own settings.
     level: of the data set's curriculum, which sets what `config` leaves open; None takes the data set's defaults.
     exclude: data sets that a category leaves out.
+    curriculum: several levels instead of one, the harder ones once the easier ones are mastered; they share `size`.
     columns: of a file or a data set of the hub.
     verifier: instead of the source's own: `number` (the final number, exactly), `math` (symbolic equality by
         math-verify), `integer` (nothing but the integer), `text` (the same text, apart from spaces and case), or
@@ -103,6 +127,7 @@ class TaskConfig(BaseModel):
     exclude: tuple[str, ...] = ()
     config: dict[str, Any] = Field(default_factory=dict)
     level: int | None = Field(None, ge=0)
+    curriculum: CurriculumConfig | None = None
     answers: AnswerRange | None = None
     compose: tuple[str, ...] | None = None
     operation: Literal["sum", "difference", "maximum"] = "sum"
@@ -125,6 +150,8 @@ class TaskConfig(BaseModel):
                 given[0] not in sources
             ):
                 raise ValueError(f"task {self.name!r}: {key} is for {' or '.join(sources)}; {given[0]} takes none")
+        if self.curriculum is not None and self.level is not None:
+            raise ValueError(f"task {self.name!r}: give level or curriculum, not both")
         if self.verifier is not None and self.verifier not in VERIFIERS and not _FUNCTION.fullmatch(self.verifier):
             raise ValueError(
                 f"task {self.name!r}: verifier {self.verifier!r} is neither {', '.join(VERIFIERS)} nor module:function"
@@ -136,6 +163,7 @@ VERIFIERS = ("number", "math", "integer", "text")
 _OF_SOURCES = {
     "config": ("dataset",),
     "level": ("dataset", "category"),
+    "curriculum": ("dataset", "category"),
     "exclude": ("category",),
     "columns": ("path", "hub"),
 }

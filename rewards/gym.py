@@ -7,9 +7,9 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from enum import Enum
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,15 @@ class GymVerifier:
 
     def __init__(self, task: str, dataset: str, config: dict[str, Any], level: int | None = None) -> None:
         self.task, self.dataset, self.config, self.level = task, dataset, config, level
+        self._scorers: dict[int | None, Any] = {}
 
-    @cached_property
-    def _scorer(self) -> Any:
-        return _create(self.task, self.dataset, seed=0, size=1, config=self.config, level=self.level)
+    def _scorer(self, level: int | None) -> Any:
+        if level not in self._scorers:
+            self._scorers[level] = _create(self.task, self.dataset, seed=0, size=1, config=self.config, level=level)
+        return self._scorers[level]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_scorer"}
+        return self.__dict__ | {"_scorers": {}}
 
     def score(self, completion: str, prompt: Prompt) -> float:
         """Reasoning Gym's score, in [0, 1]."""
@@ -51,7 +53,8 @@ class GymVerifier:
         if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(prompt.answer):
             return 0.0
         try:
-            return float(self._scorer.score_answer(answer, prompt.payload["entry"]))
+            scorer = self._scorer(prompt.payload.get("level", self.level))
+            return float(scorer.score_answer(answer, prompt.payload["entry"]))
         except UNREADABLE.get(self.dataset, ()):
             return 0.0
 
@@ -71,6 +74,11 @@ def gym_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
         RewardsError: unknown data set or setting, or settings that the data set refuses.
     """
     assert task.dataset is not None
+    if task.curriculum is not None:
+        levels = task.curriculum.levels
+        share = {"curriculum": None, "size": max(1, task.size // len(levels))}
+        by_level = {level: gym_entries(task.model_copy(update=share | {"level": level}), data) for level in levels}
+        return [replace(e, payload=e.payload | {"level": level}) for level, es in by_level.items() for e in es]
     dataset = _create(task.name, task.dataset, seed=data.seed, size=task.size, config=task.config, level=task.level)
     try:
         with _global_draws(f"{data.seed}/{task.dataset}"):

@@ -196,6 +196,12 @@ def _task(task: TaskConfig, data: DataConfig, entries: Sequence[Prompt], verifie
     balance = Balance(kept, task.answers.balance) if task.answers else None
     final = {split: _pool(task, data, split, pools[split], balance) for split in SPLITS}
     check_disjoint(task.name, final)
+    for level in task.curriculum.levels if task.curriculum else ():
+        if not any(prompt.payload["level"] == level for prompt in final["train"]):
+            raise RewardsError(
+                f"task {task.name!r}: level {level} of its curriculum has no training prompts; enlarge size, widen "
+                "answers or leave the level out"
+            )
     return Task(name=task.name, config=task, verifier=with_settings(task, verifier), **final)
 
 

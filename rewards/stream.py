@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from random import Random
 from typing import Any
 
 from rewards.config import DataConfig
+from rewards.curriculum import Curriculum
 from rewards.sources import Task
 from rewards.splits import apportion
 from rewards.verify import RewardsError
@@ -21,7 +22,8 @@ _ORDERS_KEPT = 64
 
 
 class PromptStream:
-    """Prompt number 0, 1, 2, ... of the training stream, each a pure function of data seed and configuration.
+    """Prompt number 0, 1, 2, ... of the training stream, each a pure function of data seed and configuration, and
+    for a task with a curriculum also of the way it has taken through its levels.
 
     Tasks take turns in a fixed cycle that follows their weights, so that every stretch of the stream
     holds them in nearly exact shares.  Each task goes through its whole train pool in a new random
@@ -38,10 +40,22 @@ class PromptStream:
         self._seed = data.seed
         self._counts = _cycle_counts({name: task.config.weight for name, task in tasks.items()})
         self._cycle = _interleave(self._counts)
-        self._orders: dict[tuple[str, int], list[int]] = {}
+        self._orders: dict[tuple[str, int | None, int], list[int]] = {}
+        self._curricula: dict[str, Curriculum] = {}
+        self._pools: dict[tuple[str, int | None], Sequence[Prompt]] = {}
+        for name, task in tasks.items():
+            self._pools[name, None] = task.train
+            if task.config.curriculum is not None:
+                self._curricula[name] = Curriculum(task.config.curriculum)
+                for level in task.config.curriculum.levels:
+                    self._pools[name, level] = [p for p in task.train if p.payload["level"] == level]
 
-    def prompt(self, ordinal: int) -> Prompt:
+    def prompt(self, ordinal: int, level: int | None = None) -> Prompt:
         """The prompt at a position of the stream, with that position as its `ordinal`.
+
+        Args:
+            level: of the task's curriculum when the prompt was issued, by whoever kept it; else the stream knows it
+                of every prompt up to the present.
 
         Raises:
             ValueError: when `ordinal` is negative.
@@ -50,21 +64,38 @@ class PromptStream:
             raise ValueError(f"the stream starts at ordinal 0, asked for {ordinal}")
         cycles, position = divmod(ordinal, len(self._cycle))
         name, turn = self._cycle[position]
-        pool = self._tasks[name].train
+        if level is None and name in self._curricula:
+            level = self._curricula[name].level_of(ordinal)
+        pool = self._pools[name, level]
         epoch, index = divmod(cycles * self._counts[name] + turn, len(pool))
-        return replace(pool[self._order(name, epoch)[index]], ordinal=ordinal)
+        return replace(pool[self._order(name, level, epoch)[index]], ordinal=ordinal)
+
+    def note(self, task: str, ordinal: int, right: float) -> None:
+        """The share of right answers that a prompt got; see `Curriculum.note`."""
+        if task in self._curricula:
+            self._curricula[task].note(ordinal, right)
+
+    def advance(self, unissued: int) -> None:
+        """Moves the tasks' curricula; see `Curriculum.advance`."""
+        for curriculum in self._curricula.values():
+            curriculum.advance(unissued)
+
+    def levels(self) -> dict[str, int]:
+        """The present level of every task that has a curriculum."""
+        return {name: curriculum.level for name, curriculum in self._curricula.items()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint notes, as plain JSON data; the position is the reader's own business."""
         return {
             "seed": self._seed,
+            "curricula": {name: curriculum.state() for name, curriculum in self._curricula.items()},
             "tasks": {
                 name: {"turns": self._counts.get(name, 0), "pools": _digest(t)} for name, t in self._tasks.items()
             },
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Make sure that this stream continues the one that noted `state`.
+        """Go on from `state`, after making sure that this stream continues the one that noted it.
 
         Raises:
             RewardsError: naming what differs: the seed, the tasks or one task's share or prompts.
@@ -85,12 +116,15 @@ class PromptStream:
                         "resume with the data section of the run's config.yaml, or start a new run"
                     )
 
-    def _order(self, name: str, epoch: int) -> list[int]:
-        key = (name, epoch)
+        for name, curriculum in self._curricula.items():
+            curriculum.restore(state["curricula"][name])
+
+    def _order(self, name: str, level: int | None, epoch: int) -> list[int]:
+        key = (name, level, epoch)
         if key not in self._orders:
             if len(self._orders) >= _ORDERS_KEPT:
                 self._orders.clear()
-            order = list(range(len(self._tasks[name].train)))
+            order = list(range(len(self._pools[name, level])))
             Random(f"{self._seed}/{name}/epoch {epoch}").shuffle(order)
             self._orders[key] = order
         return self._orders[key]

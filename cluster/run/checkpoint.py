@@ -70,11 +70,11 @@ def steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def read(root: Path, step: int | None = None, prompt: Callable[[int], Prompt] | None = None) -> Checkpoint:
+def read(root: Path, step: int | None = None, prompt: Callable[[int, int | None], Prompt] | None = None) -> Checkpoint:
     """The checkpoint of a step, or the last one.
 
     Args:
-        prompt: makes the prompt of an ordinal (the run's stream); without it finished groups are left out.
+        prompt: makes the prompt of an ordinal and a level (the run's stream); without it finished groups are left out.
 
     Raises:
         CheckpointError: when there is none, or a file does not match its manifest.

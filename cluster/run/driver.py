@@ -10,12 +10,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 from cluster.config import RunConfig
 from cluster.run.admission import Admission
-from cluster.run.fleet import Fault, Fleet, Handle, Reference, Stage
+from cluster.run.calls import Features, Sent, Sink, Wave
+from cluster.run.fleet import Fault, Fleet, Handle, Stage
 from cluster.run.learning import Learning, LostGroupsError
 from cluster.run.masking import MaskedShare
 from cluster.run.metrics import PipelineState, StepTimes, step_metrics
@@ -23,67 +22,8 @@ from cluster.run.recovery import Recovery, RunError
 from cluster.run.scoring import GroupReport, WaveReport, wave_report
 from learner.advantages import has_signal
 from learner.gradient import Sums
-from learner.learner import LearnerState
 from rewards.stream import PromptStream
 from rollout.types import Group, Prompt, Rollout, Sampling
-
-
-@dataclass(frozen=True)
-class Wave:
-    """Some prompts on their way together: references to their scored rollout and features, and the report."""
-
-    rollout: Reference
-    features: list[Reference]
-    report: WaveReport
-
-
-@dataclass(frozen=True)
-class Features:
-    """Every expert's call for the features of some prompts."""
-
-    prompts: list[Prompt]
-    experts: list[Stage]
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A call under way: where it goes through, and what will come of it.
-
-    sampled: a few bytes by which the driver sees that the rollout worker is free again.
-    """
-
-    ordinals: list[int]
-    stages: list[Stage]
-    sampled: Reference
-    scored: Reference
-    report: Reference
-    features: list[Reference]
-    policy: str
-    verifier: str
-
-
-class Sink(Protocol):
-    """What becomes of a run's records; the driver itself writes nothing."""
-
-    def step(self, record: dict[str, Any]) -> None:
-        """One finished step."""
-        ...
-
-    def groups(self, step: int, groups: list[Group]) -> None:
-        """The groups of a step, only when the configuration keeps them."""
-        ...
-
-    def checkpoint(self, step: int, learner: LearnerState, driver: dict[str, Any], finished: list[Group]) -> None:
-        """Everything needed to go on from here."""
-        ...
-
-    def dead(self, ordinal: int, task: str, fault: Fault) -> None:
-        """A prompt that failed too often and is given up."""
-        ...
-
-    async def validate(self, step: int, router: Reference) -> None:
-        """A look at validation prompts, when one is due."""
-        ...
 
 
 class Driver:
@@ -253,11 +193,18 @@ class Driver:
 
     def _filter(self, groups: Sequence[GroupReport]) -> None:
         """Dynamic sampling: groups without signal end here, and others are sampled in their place."""
-        flat = [group.ordinal for group in groups if not has_signal(group.rewards, group.statuses)]
-        self.admission.filter(flat)
-        for ordinal in flat:
-            del self._waves[ordinal]
+        flat = [group for group in groups if not has_signal(group.rewards, group.statuses)]
+        self._note(flat)
+        self.admission.filter([group.ordinal for group in flat])
+        for group in flat:
+            del self._waves[group.ordinal]
         self._filtered += len(flat)
+
+    def _note(self, groups: Sequence[GroupReport]) -> None:
+        """Lets the stream know how prompts were answered that have ended."""
+        for group in groups:
+            if (share := group.right_share) is not None:
+                self.stream.note(group.task, group.ordinal, share)
 
     # Training
 
@@ -305,11 +252,14 @@ class Driver:
             for ordinal in batch:
                 del self._waves[ordinal]
             self.admission.train(batch)
+            self._note(groups)
+            self.stream.advance(self.admission.next_ordinal)
             state = PipelineState(
                 filtered=self._filtered,
                 running=len(self.admission.running),
                 waiting=len(self.admission.finished),
                 restarts=sum(self.recovery.restarts.values()),
+                levels=self.stream.levels(),
             )
             self._filtered = 0
             self._changed.notify_all()

@@ -43,16 +43,16 @@ def write_file(path: Path, groups: Sequence[Group]) -> None:
     path.write_bytes(gzip.compress(lines.encode(), compresslevel=1, mtime=0))
 
 
-def read(folder: Path, step: int, prompt: Callable[[int], Prompt]) -> list[Group]:
+def read(folder: Path, step: int, prompt: Callable[[int, int | None], Prompt]) -> list[Group]:
     """The groups of a step.
 
     Args:
-        prompt: makes the prompt of an ordinal (the run's stream).
+        prompt: makes the prompt of an ordinal and a curriculum's level (the run's stream).
     """
     return read_file(path_of(folder, step), prompt)
 
 
-def read_file(path: Path, prompt: Callable[[int], Prompt]) -> list[Group]:
+def read_file(path: Path, prompt: Callable[[int, int | None], Prompt]) -> list[Group]:
     """What `write_file` wrote."""
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     return [_unpack(json.loads(line), prompt) for line in lines]
@@ -63,6 +63,7 @@ def _pack(group: Group) -> dict[str, Any]:
     return {
         "ordinal": group.ordinal,
         "task": group.prompt.task,
+        "level": group.prompt.payload.get("level"),
         "prompt_tokens": group.prompt_tokens.tolist(),
         "completions": [
             {"tokens": c.tokens.tolist(), "logprobs": c.logprobs.tolist(), "text": c.text, "finish": c.finish}
@@ -81,7 +82,7 @@ def _pack(group: Group) -> dict[str, Any]:
     }
 
 
-def _unpack(packed: dict[str, Any], prompt: Callable[[int], Prompt]) -> Group:
+def _unpack(packed: dict[str, Any], prompt: Callable[[int, int | None], Prompt]) -> Group:
     temperature, max_new_tokens, samples = packed["sampling"]
     version, incarnation, checksum = packed["router"]
     distinct = [
@@ -94,7 +95,7 @@ def _unpack(packed: dict[str, Any], prompt: Callable[[int], Prompt]) -> Group:
         for c in packed["completions"]
     ]
     return Group(
-        prompt=prompt(packed["ordinal"]),
+        prompt=prompt(packed["ordinal"], packed["level"]),
         prompt_tokens=np.array(packed["prompt_tokens"], dtype=np.int64),
         completions=tuple(distinct[place] for place in packed["samples"]),
         sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens, samples=samples),

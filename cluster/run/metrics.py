@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 
 from cluster.run.scoring import GroupReport, WaveReport
@@ -25,12 +25,14 @@ class PipelineState:
 
     filtered: groups without signal that ended since the last update.  running, waiting: prompts in some
     stage, and finished groups that wait.  restarts: of workers, so far.
+    levels: of the tasks' curricula, for the prompts that are issued next.
     """
 
     filtered: int = 0
     running: int = 0
     waiting: int = 0
     restarts: int = 0
+    levels: Mapping[str, int] = field(default_factory=dict)
 
 
 # Metrics that depend on the machine, not on the computation: two equal runs may differ in these.
@@ -73,6 +75,7 @@ def step_metrics(
         "staleness/mean": _mean(staleness),
         "staleness/max": float(max(staleness)),
         "groups/filtered": float(pipeline.filtered),
+        **{f"curriculum/{task}": float(level) for task, level in pipeline.levels.items()},
         "pipeline/running": float(pipeline.running),
         "pipeline/waiting": float(pipeline.waiting),
         "pipeline/restarts": float(pipeline.restarts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from rollout.types import FinishReason, Group, Prompt, RewardStatus, Rollout, Sc
 class GroupReport:
     """What the driver needs of a group; the group itself goes straight to the learner.
 
-    rewards, statuses: one a completion; reason: why the first without a verdict has none.
+    rewards, statuses: one a completion; right: how right its answer is, whatever else the reward adds up from;
+    reason: why the first without a verdict has none.
     attention: (experts,) mean over latents; entropy: of the attention over experts, in nats, mean over
     latents.  bytes: of the group's arrays.
     """
@@ -33,13 +35,19 @@ class GroupReport:
     attention: tuple[float, ...]
     entropy: float
     bytes: int
+    right: tuple[float, ...]
     reason: str = ""
-    right: tuple[float, ...] = ()
 
     @property
     def ok_rewards(self) -> list[float]:
         """Rewards of the completions that were scored."""
         return [r for r, s in zip(self.rewards, self.statuses, strict=True) if s is RewardStatus.OK]
+
+    @property
+    def right_share(self) -> float | None:
+        """Mean over the scored completions of how right their answers are; None when none was scored."""
+        right = [r for r, s in zip(self.right, self.statuses, strict=True) if s is RewardStatus.OK]
+        return fmean(right) if right else None
 
 
 @dataclass(frozen=True, slots=True)

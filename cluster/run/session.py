@@ -18,7 +18,8 @@ from cluster.config import RunConfig
 from cluster.run import actors, checkpoint
 from cluster.run.admission import Admission, Limits
 from cluster.run.baselines import KnownBaselines, fingerprints
-from cluster.run.driver import Driver, Sink
+from cluster.run.calls import Sink
+from cluster.run.driver import Driver
 from cluster.run.evaluate import Evaluation, Evaluator
 from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder

@@ -59,11 +59,19 @@ def test_the_same_seed_writes_the_same_metrics_and_another_does_not(runs: Runs) 
     assert first != other
 
 
-def test_a_stopped_run_resumes_to_the_same_end_on_one_rank_and_on_two(runs: Runs) -> None:
-    whole = runs.train("run=whole", "steps=12")
+# Its level moves with nearly every update: up on any answer that is not wholly wrong, else down.
+MOVING = (
+    "data.tasks=[{name: digits, plugin: 'tests.plugins:Digits'}, {name: sums, dataset: chain_sum, size: 400,"
+    " curriculum: {levels: [0, 1, 2], raise_at: 1.0e-6, lower_at: 0.0, window: 2}}]"
+)
+
+
+def test_a_stopped_run_with_a_curriculum_resumes_to_the_same_end(runs: Runs) -> None:
+    whole = runs.train("run=whole", "steps=12", MOVING)
     assert whole.returncode == 0, whole.stderr
+    assert len({line["curriculum/sums"] for line in runs.metrics("whole")}) > 1
     child = subprocess.Popen(
-        runs.command("steps=12"),
+        runs.command("steps=12", MOVING),
         env=runs.environment(),
         cwd=runs.folder,
         stdout=subprocess.PIPE,
@@ -77,10 +85,13 @@ def test_a_stopped_run_resumes_to_the_same_end_on_one_rank_and_on_two(runs: Runs
     assert "Traceback" not in err and "--resume" in out
     stopped_at = len(runs.metrics())
     assert 3 <= stopped_at < 12
-    resumed = runs.train("steps=12", "--resume")
+    resumed = runs.train("steps=12", MOVING, "--resume")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert comparable(runs.metrics()) == comparable(runs.metrics("whole"))
     assert trained(runs.metrics()) == list(range(12 * 8))
+    replay = [sys.executable, "-m", "cluster.cli", "replay", str(runs.folder / "runs" / "whole"), "--step", "9"]
+    done = runs.start(replay)
+    assert done.returncode == 0 and "reproduced" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_run_goes_on_with_two_ranks_and_back_and_is_replayed(runs: Runs) -> None:

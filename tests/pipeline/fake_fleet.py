@@ -197,12 +197,10 @@ class World:
         """A report with made-up rewards."""
         version, prompts = rollout
         groups = tuple(
-            GroupReport(
-                p.ordinal, "t", version, (0.0, 0.0) if self.rng.random() < self.no_signal else (0.0, 1.0),
-                (RewardStatus.OK,) * 2, 0, 1.0, (1.0,), 0.0, 10,
-            )
+            GroupReport(p.ordinal, "t", version, made, (RewardStatus.OK,) * 2, 0, 1.0, (1.0,), 0.0, 10, made)
             for p in prompts
-        )  # fmt: skip
+            for made in [(0.0, 0.0) if self.rng.random() < self.no_signal else (0.0, 1.0)]
+        )
         return WaveReport(groups, 0, 0, 0, 0.0, 0.0, 0.0)
 
     def update(self, batch: list[int], waves: int, *parts: Any) -> UpdateResult:
@@ -243,6 +241,22 @@ class Stream:
     def prompt(self, ordinal: int) -> Prompt:
         """Of a position."""
         return Prompt(ordinal=ordinal, task="t", messages=(), answer="")
+
+    def __init__(self) -> None:
+        self.noted: list[int] = []
+        self.advances: list[int] = []
+
+    def note(self, task: str, ordinal: int, right: float) -> None:
+        """Remembers."""
+        self.noted.append(ordinal)
+
+    def advance(self, unissued: int) -> None:
+        """Remembers."""
+        self.advances.append(unissued)
+
+    def levels(self) -> dict[str, int]:
+        """None."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Nothing."""

@@ -273,6 +273,9 @@ def test_groups_without_signal_end_as_filtered_and_are_replaced() -> None:
     stage.run()
     assert_whole(stage)
     assert len(stage.admission.filtered) > 20
+    stream: Any = stage.driver.stream
+    assert sorted(stream.noted) == sorted(stage.admission.filtered | stage.admission.trained)
+    assert len(stream.advances) == 20
     assert sum(record["groups/filtered"] for record in stage.notes.steps) <= len(stage.admission.filtered)
     assert all(record["groups/no_signal"] == 0 for record in stage.notes.steps)
 

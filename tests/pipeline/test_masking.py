@@ -17,7 +17,7 @@ def groups(task: str, count: int, masked: int, of: int = 8) -> list[GroupReport]
     """So many groups with some completions masked in each."""
     statuses = (RewardStatus.TIMEOUT,) * masked + (RewardStatus.OK,) * (of - masked)
     reason = "no verdict within 10 s" if masked else ""
-    return [GroupReport(n, task, 0, (0.0,) * of, statuses, 0, 1.0, (), 0.0, 0, reason) for n in range(count)]
+    return [GroupReport(n, task, 0, (0.0,) * of, statuses, 0, 1.0, (), 0.0, 0, (), reason) for n in range(count)]
 
 
 def test_a_share_above_the_limit_ends_the_run_naming_task_share_and_reason() -> None:
