@@ -133,6 +133,7 @@ def test_a_worker_that_hangs_is_named_with_its_stack_and_started_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_chaos_ten_workers_and_the_driver_are_killed(runs: Runs) -> None:
     rng = random.Random(1)
     victims = [kind for kind in KINDS for _ in range(2)] + rng.choices(list(KINDS), k=2)
