@@ -144,7 +144,7 @@ def test_a_curriculum_that_makes_no_sense_is_refused(change: dict[str, object], 
 
 
 def test_a_level_too_high_or_without_prompts_is_refused() -> None:
-    with pytest.raises(RewardsError, match="ends at level [0-9]+, level is 99"):
+    with pytest.raises(RewardsError, match=r"ends at level \d+, level is 99"):
         build_tasks(data_of(GROWING | {"curriculum": {"levels": [0, 99]}}))
     small = GROWING | {"size": 40, "config": {}, "answers": {"min": 2, "max": 5}, "curriculum": {"levels": [0, 3]}}
     with pytest.raises(RewardsError, match="level 3 of its curriculum has no training prompts"):
