@@ -75,7 +75,7 @@ async def bare_chain(hosts: Sequence[Any], groups: int, batch: int) -> float:
 
     async def through(ordinal: int) -> list[Any]:
         prompt = stream.prompt(ordinal)
-        feature = encoder.call("encode", [prompt.messages])
+        feature = encoder.call("encode", [prompt.messages], [0])
         rollout, _ = policies[ordinal % WORKERS].call("sample", [prompt], SAMPLING, router, feature, returns=2)
         scored, report = verifiers[ordinal % WORKERS].call("score", rollout, returns=2)
         await report
@@ -85,7 +85,7 @@ async def bare_chain(hosts: Sequence[Any], groups: int, batch: int) -> float:
         async with room:
             pairs = await asyncio.gather(*(through(ordinal) for ordinal in ordinals))
             parts = [scored for scored, _ in pairs] + [feature for _, feature in pairs]
-            done = [trainer.call("update", list(ordinals), len(ordinals), *parts)]
+            done = [trainer.call("update", list(ordinals), *parts)]
             await asyncio.gather(*done, trainer.call("snapshot"), trainer.call("moments"))
 
     began = time.perf_counter()

@@ -61,7 +61,7 @@ class Host:
         """Answers once the process is up."""
         return True
 
-    async def encode(self, worker: str, messages: Sequence[Any]) -> int:
+    async def encode(self, worker: str, messages: Sequence[Any], rows: Sequence[int]) -> int:
         """Features that are only a number."""
         return len(messages)
 
@@ -84,7 +84,7 @@ class Host:
         )
         return rollout, WaveReport(groups, 0, 0, 0, 0.0, 0.0, 0.0)
 
-    async def update(self, worker: str, batch: Sequence[int], waves: int, *parts: Any) -> UpdateResult:
+    async def update(self, worker: str, batch: Sequence[int], *parts: Any) -> UpdateResult:
         """An update that changes only the version."""
         async with self._busy[worker]:
             await _wait(self.latencies.learner_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from experts.config import CacheConfig, ExpertConfig, RouterConfig
+from experts.config import CacheConfig, EngineConfig, ExpertConfig, RouterConfig
 from learner.config import AlgorithmConfig, LearnerConfig
 from rewards.config import DataConfig, RewardsConfig
 from rollout.config import PolicyConfig, SamplingConfig
@@ -62,6 +63,7 @@ class RayConfig(BaseModel):
         started again.
     warning_s: after this much of a wait the same is said, once, and nothing is done yet.
     start_deadline_s: the same for workers that load models.
+    gpu_memory_gb: of every GPU, for the memory plan; None asks the machines.
     """
 
     model_config = FROZEN
@@ -70,6 +72,7 @@ class RayConfig(BaseModel):
     deadline_s: float = Field(600.0, gt=0)
     warning_s: float = Field(60.0, gt=0)
     start_deadline_s: float = Field(900.0, gt=0)
+    gpu_memory_gb: float | None = Field(None, gt=0)
 
 
 class PipelineConfig(BaseModel):
@@ -135,10 +138,11 @@ class RunConfig(BaseModel):
         if len(set(names)) != len(names):
             raise ValueError(f"experts holds a name twice: {names}")
         if self.execution == "inline" and (
-            self.learner.ranks > 1 or self.policy.workers > 1 or self.rewards.workers > 1
+            max(self.learner.ranks, self.policy.workers, self.rewards.workers, *(e.replicas for e in self.experts)) > 1
         ):
             raise ValueError(
-                "execution: inline runs in one process: set learner.ranks, policy.workers and rewards.workers to 1"
+                "execution: inline runs in one process: set learner.ranks, policy.workers, rewards.workers and the "
+                "experts' replicas to 1"
             )
         limit = self.pipeline.open_groups
         if limit is not None and limit < self.learner.groups:
@@ -162,6 +166,11 @@ class RunConfig(BaseModel):
         """Configuration key -> model reference, the policy included."""
         found = {f"experts.{index}.model": expert.model for index, expert in enumerate(self.experts)}
         return {**found, "policy.model": self.policy.model}
+
+    def engines(self) -> dict[str, EngineConfig]:
+        """Configuration key -> how a frozen model runs, the policy included."""
+        found: dict[str, EngineConfig] = {f"experts.{index}": expert for index, expert in enumerate(self.experts)}
+        return {**found, "policy": self.policy}
 
     def as_yaml(self) -> str:
         """The resolved configuration."""
@@ -256,6 +265,20 @@ RESUMABLE = (
     "policy.cpus",
     "policy.gpus",
     "policy.threads",
+    "policy.kv_cache_gb",
+    "policy.gpu_memory_utilization",
+    "policy.tensor_parallel",
+    "policy.max_model_tokens",
+    "policy.eager",
+    "experts.N.replicas",
+    "experts.N.cpus",
+    "experts.N.gpus",
+    "experts.N.threads",
+    "experts.N.kv_cache_gb",
+    "experts.N.gpu_memory_utilization",
+    "experts.N.tensor_parallel",
+    "experts.N.max_model_tokens",
+    "experts.N.eager",
 )
 
 
@@ -271,5 +294,10 @@ def changed_keys(saved: RunConfig, now: RunConfig) -> list[str]:
         return {k: v for key, item in items for k, v in flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
 
     before, after = flat(saved.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+
+    def may_change(key: str) -> bool:
+        general = re.sub(r"\.\d+\.", ".N.", key)
+        return any(general == free or general.startswith(free + ".") for free in RESUMABLE)
+
     differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return [key for key in differing if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
+    return [key for key in differing if not may_change(key)]

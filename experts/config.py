@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -11,29 +11,111 @@ FROZEN = ConfigDict(frozen=True, extra="forbid")
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-class ExpertConfig(BaseModel):
+Engine = Literal["transformers", "vllm"]
+
+
+class EngineConfig(BaseModel):
+    """Where and by what a frozen model runs; experts and the policy have the same settings.
+
+    engine: `transformers` starts in a second and suits small models; `vllm` batches continuously and spans GPUs.
+    dtype: of weights and states; a quantised checkpoint (AWQ, GPTQ, FP8) keeps its own weights, with vLLM.
+    cpus, gpus: that Ray reserves for one worker.  A fraction of a GPU shares it with other workers.
+    tensor_parallel: GPUs over which vLLM splits one worker's model; `gpus` is then the same number.
+    gpu_memory_utilization: share of a GPU's memory that vLLM takes; None takes 0.9 of `gpus`.
+    kv_cache_gb: vLLM's key-value cache on a machine without GPUs; it is taken at the start.
+    max_model_tokens: longest sequence that vLLM prepares for, prefix and answer included; None takes the model's own.
+    eager: vLLM without compilation and CUDA graphs; None means eager without a GPU and compiled with one.
+    threads: torch threads of a worker; 0 takes the run's `threads`.
+    """
+
+    model_config = FROZEN
+    model: str
+    engine: Engine = "transformers"
+    dtype: DType = "float32"
+    cpus: float = Field(0.0, ge=0.0)
+    gpus: float = Field(0.0, ge=0.0)
+    tensor_parallel: int = Field(1, ge=1)
+    gpu_memory_utilization: float | None = Field(None, gt=0.0, le=1.0)
+    kv_cache_gb: float = Field(0.5, gt=0.0)
+    max_model_tokens: int | None = Field(None, ge=2)
+    eager: bool | None = None
+    threads: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_gpus(cls, values: Any) -> Any:
+        """A model that is split takes as many whole GPUs."""
+        split = values.get("tensor_parallel") if isinstance(values, dict) else None
+        if isinstance(split, int) and split > 1 and not values.get("gpus"):
+            return {**values, "gpus": split}
+        return values
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> EngineConfig:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus {self.gpus}: a worker takes a fraction of one GPU, or whole ones")
+        if self.engine == "transformers":
+            if self.tensor_parallel > 1:
+                raise ValueError("tensor_parallel splits a model over GPUs: engine: vllm can, transformers cannot")
+            if self.gpus > 1:
+                raise ValueError(f"gpus {self.gpus}: engine: transformers uses one GPU a worker; take engine: vllm")
+            return self
+        if self.tensor_parallel > 1 and self.gpus != self.tensor_parallel:
+            raise ValueError(f"tensor_parallel {self.tensor_parallel} needs as many gpus, not {self.gpus:g}")
+        if self.tensor_parallel == 1 and self.gpus > 1:
+            raise ValueError(f"gpus {self.gpus:g}: set tensor_parallel to {self.gpus:g}, or gpus to 1")
+        share = self.gpu_memory_utilization
+        if share is not None and self.gpus < share and self.gpus > 0:
+            raise ValueError(
+                f"gpu_memory_utilization {share:g} is more than the {self.gpus:g} GPUs of the worker: models that "
+                "share a GPU would not fit beside each other"
+            )
+        return self
+
+    @property
+    def memory_share(self) -> float:
+        """Of each GPU it is on, vLLM takes this much."""
+        if self.gpu_memory_utilization is not None:
+            return self.gpu_memory_utilization
+        return 0.9 * min(self.gpus, 1.0)
+
+
+class ExpertConfig(EngineConfig):
     """One frozen expert.
 
     model: a Hugging Face folder or name, or `zoo/<world>/<model>`.
     layer: which hidden state is its feature; -1 is the last (after the final norm), 0 the
         embeddings.
-    pool: which token's state stands for the prompt.
+    pool: which token's state stands for the prompt; `last_k` gives the router the last `last_k` states.
+    norm: `layer` normalises a state without parameters, `learned` also trains a gain and a bias in the router.
     max_tokens: an expert sees at most the last so many of its own tokens.
-    threads: torch threads of its worker; 0 takes the run's `threads`.
+    replicas: workers, each with a copy of the model; a prompt goes to the one that its text says, so that caches
+        work, and to the least loaded when that one has more to do.
     """
 
     model_config = FROZEN
     name: str
-    model: str
     layer: int = -1
-    pool: Literal["last", "first", "mean"] = "last"
-    norm: Literal["layer", "none"] = "layer"
-    dtype: DType = "float32"
+    pool: Literal["last", "first", "mean", "last_k"] = "last"
+    last_k: int = Field(4, ge=1)
+    norm: Literal["layer", "none", "learned"] = "layer"
     max_tokens: int = Field(512, ge=1)
     batch: int = Field(64, ge=1)
-    cpus: float = Field(0.0, ge=0.0)
-    gpus: float = Field(0.0, ge=0.0)
-    threads: int = Field(0, ge=0)
+    replicas: int = Field(1, ge=1)
+
+    @property
+    def tokens(self) -> int:
+        """How many states the router gets for a prompt, at most."""
+        return self.last_k if self.pool == "last_k" else 1
+
+    @model_validator(mode="after")
+    def _layer_of_engine(self) -> ExpertConfig:
+        if self.engine == "vllm" and self.layer != -1:
+            raise ValueError(
+                f"expert {self.name!r}: engine: vllm gives the last layer only; take engine: transformers for layer "
+                f"{self.layer}"
+            )
+        return self
 
     @field_validator("name")
     @classmethod

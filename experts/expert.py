@@ -10,16 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from experts.cache import FeatureCache
 from experts.config import CacheConfig, ExpertConfig
-from experts.loading import FrozenModel, load_frozen, weights_sha256
+from experts.encoder import Encoder, build_encoder
 
 Messages = Sequence[Mapping[str, Any]]
-ENGINE = "transformers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +24,7 @@ class Encoded:
     """One expert's features for some prompts, in their order.
 
     features: one (tokens, width) float32 array a prompt.
+    rows: the prompts' places among those that were asked for: several copies of an expert share the work.
     hits, misses: of the feature cache, for these prompts.
     seconds: time spent encoding.
     """
@@ -37,6 +35,39 @@ class Encoded:
     hits: int
     misses: int
     seconds: float
+    rows: tuple[int, ...]
+
+
+def whole(parts: Sequence[Encoded]) -> list[Encoded]:
+    """The parts of every expert's copies put together, experts in the order of their first part.
+
+    Raises:
+        ValueError: when a prompt is missing or there twice.
+    """
+    by_expert: dict[str, list[Encoded]] = {}
+    for part in parts:
+        by_expert.setdefault(part.expert, []).append(part)
+    return [mine[0] if len(mine) == 1 and _ordered(mine[0]) else _joined(mine) for mine in by_expert.values()]
+
+
+def _ordered(part: Encoded) -> bool:
+    return part.rows == tuple(range(len(part.rows)))
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    placed = {row: (part, index) for part in parts for index, row in enumerate(part.rows)}
+    if sorted(placed) != list(range(sum(len(part.rows) for part in parts))):
+        raise ValueError(f"expert {parts[0].expert}: the parts of its copies are not one whole")
+    rows = [placed[row] for row in range(len(placed))]
+    return Encoded(
+        parts[0].expert,
+        tuple(part.keys[index] for part, index in rows),
+        tuple(part.features[index] for part, index in rows),
+        sum(part.hits for part in parts),
+        sum(part.misses for part in parts),
+        max(part.seconds for part in parts),
+        tuple(range(len(rows))),
+    )
 
 
 class Expert:
@@ -48,18 +79,26 @@ class Expert:
     def __init__(self, config: ExpertConfig, path: str, cache: CacheConfig, threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
-        device = "cuda" if config.gpus and torch.cuda.is_available() else "cpu"
         self.config = config
-        self.frozen: FrozenModel = load_frozen(path, config.dtype, device, config.name)
+        self.encoder: Encoder = build_encoder(config, path, threads, self.engine_died)
+        self.frozen = self.encoder.frozen
         self.cache = FeatureCache(cache)
         self._fingerprint = self._feature_fingerprint()
+        self._cache_key = f"{self._fingerprint}|{config.dtype}|{config.engine}"
 
     def __repr__(self) -> str:
         return f"Expert({self.config.name})"
 
+    def engine_died(self) -> None:
+        """Called when an engine in a process of its own is gone; calls to the expert fail from then on."""
+
     def ready(self) -> bool:
         """Answers once the worker is built."""
         return True
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self.encoder.close()
 
     def info(self) -> dict[str, Any]:
         """Name, width, parameters and fingerprints, for the router's metadata and the run's summary."""
@@ -73,13 +112,16 @@ class Expert:
 
     def sha256(self) -> str:
         """Hash of the weights as they are now."""
-        return weights_sha256(self.frozen.model)
+        return self.encoder.sha256()
 
-    def encode(self, prompts: Sequence[Messages]) -> Encoded:
-        """Features of some prompts, from the cache where it has them."""
+    def encode(self, prompts: Sequence[Messages], rows: Sequence[int] | None = None) -> Encoded:
+        """Features of some prompts, from the cache where it has them.
+
+        rows: see `Encoded`; None means all that were asked for.
+        """
         start = time.perf_counter()
         texts = [self.frozen.render(messages) for messages in prompts]
-        keys = tuple(hashlib.sha256(f"{self._fingerprint}\n{text}".encode()).hexdigest() for text in texts)
+        keys = tuple(hashlib.sha256(f"{self._cache_key}\n{text}".encode()).hexdigest() for text in texts)
         hits, misses = self.cache.hits, self.cache.misses
         found: dict[str, np.ndarray | None] = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         wanted = [index for key, index in {key: i for i, key in enumerate(keys)}.items() if found[key] is None]
@@ -96,6 +138,7 @@ class Expert:
             self.cache.hits - hits,
             self.cache.misses - misses,
             time.perf_counter() - start,
+            tuple(range(len(keys)) if rows is None else rows),
         )
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
@@ -103,17 +146,7 @@ class Expert:
         answers: list[str] = []
         for at in range(0, len(prompts), self.config.batch):
             rows = [self._tokens(messages) for messages in prompts[at : at + self.config.batch]]
-            tokens, mask = _pad(rows, self.frozen.pad_id, left=True)
-            with torch.inference_mode():
-                out = self.frozen.model.generate(
-                    input_ids=tokens.to(self.frozen.device),
-                    attention_mask=mask.to(self.frozen.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=list(self.frozen.end_tokens),
-                    pad_token_id=self.frozen.pad_id,
-                )
-            new = out[:, tokens.shape[1] :].tolist()
+            new = self.encoder.answer(rows, max_new_tokens)
             answers += [self.frozen.tokenizer.decode(_until(row, self.frozen.end_tokens)) for row in new]
         return answers
 
@@ -121,46 +154,20 @@ class Expert:
         return self.frozen.tokenize(messages)[-self.config.max_tokens :]
 
     def _forward(self, prompts: Sequence[Messages]) -> list[np.ndarray]:
-        """(1, width) float32 features: the chosen layer's pooled state, layer-normalised without parameters."""
-        tokens, mask = _pad([self._tokens(messages) for messages in prompts], self.frozen.pad_id, left=False)
-        tokens, mask = tokens.to(self.frozen.device), mask.to(self.frozen.device)
-        last = self.config.layer == -1
-        with torch.inference_mode():
-            out = self.frozen.model.base_model(
-                input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=not last
-            )
-            states = out.last_hidden_state if last else out.hidden_states[self.config.layer]
-            pooled = pool(states.float(), mask, self.config.pool)
-            if self.config.norm == "layer":
-                pooled = layer_norm(pooled, pooled.shape[-1:])
-        return list(pooled.cpu().numpy()[:, None, :])
+        """(tokens, width) float32 features: the chosen layer's pooled states, normalised without parameters."""
+        states = self.encoder.states([self._tokens(messages) for messages in prompts])
+        return states if self.config.norm == "none" else [normalised(state) for state in states]
 
     def _feature_fingerprint(self) -> str:
+        """What a router is trained for: neither the dtype nor the engine, which change states by rounding only."""
         c = self.config
-        parts = [self.frozen.fingerprint(), c.layer, c.pool, c.norm, c.dtype, c.max_tokens, ENGINE]
+        parts = [self.frozen.fingerprint(), c.layer, c.pool, c.tokens, c.norm, c.max_tokens]
         return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
 
 
-def pool(
-    states: Float[Tensor, "batch tokens width"], mask: Int[Tensor, "batch tokens"], how: str
-) -> Float[Tensor, "batch width"]:
-    """One state a prompt, out of right-padded states."""
-    if how == "first":
-        return states[:, 0]
-    if how == "mean":
-        weight = mask.unsqueeze(-1).to(states.dtype)
-        return (states * weight).sum(dim=1) / weight.sum(dim=1)
-    return states[torch.arange(len(states)), mask.sum(dim=1) - 1]
-
-
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
-    longest = max(len(row) for row in rows)
-    tokens = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
-    for index, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        tokens[index, place], mask[index, place] = row, 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
+def normalised(states: np.ndarray) -> np.ndarray:
+    """Every state with mean 0 and variance 1."""
+    return layer_norm(torch.from_numpy(states), states.shape[-1:]).numpy()
 
 
 def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:

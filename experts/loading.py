@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 
@@ -22,8 +24,12 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A causal language model none of whose parameters can ever have a gradient."""
+    """A causal language model none of whose parameters can ever have a gradient.
 
+    path: where it came from: a folder, or a name of the hub.
+    """
+
+    path: str
     name: str
     model: Any  # PreTrainedModel; transformers is imported late because it costs seconds
     tokenizer: Any
@@ -43,6 +49,8 @@ class FrozenModel:
     @property
     def parameters(self) -> int:
         """Number of distinct parameters."""
+        if isinstance(self.model, EmbeddingsOnly):
+            return self.model.parameters_of_all
         return sum(p.numel() for p in self.model.parameters())
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -59,11 +67,31 @@ class FrozenModel:
         return tokenize(self.tokenizer, messages)
 
     def fingerprint(self) -> str:
-        """Hash of weights, tokenizer and chat template: what the model's answers depend on."""
-        digest = hashlib.sha256(weights_sha256(self.model).encode())
+        """Hash of stored weights, tokenizer and chat template: what a model is, whatever engine and dtype run it."""
+        digest = hashlib.sha256(stored_sha256(self.path).encode())
         digest.update(tokenizer_text(self.tokenizer).encode())
         digest.update(str(getattr(self.tokenizer, "chat_template", None)).encode())
         return digest.hexdigest()
+
+
+class EmbeddingsOnly(nn.Module):
+    """The input embeddings of a model whose weights an engine of its own holds; it computes nothing else.
+
+    parameters_of_all: of the whole model, not of this part.
+    """
+
+    def __init__(self, config: Any, embedding: nn.Module, parameters_of_all: int) -> None:
+        super().__init__()
+        self.config, self.embedding, self.parameters_of_all = config, embedding, parameters_of_all
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        return next(self.embedding.parameters()).device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """As a transformers model."""
+        return self.embedding
 
 
 def render(tokenizer: Any, messages: Messages) -> str:
@@ -94,10 +122,41 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def stored_tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a model's weight files, by name, in the files' own dtypes."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        for file in sorted(folder.glob("*.bin")):
+            yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+        return
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                yield name, tensors.get_tensor(name)
+
+
+@functools.lru_cache(maxsize=8)
+def stored_sha256(path: str) -> str:
+    """Hash over every stored tensor's name, shape, dtype and bytes, however they are cut into files."""
+    digests = {}
+    for name, tensor in stored_tensors(path):
+        digest = hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digests[name] = digest.hexdigest()
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
 def describe(path: str) -> dict[str, Any]:
     """The model's `config.json` values the plan needs, read without loading weights.
 
-    Returns a dict with `architecture`, `hidden_size`, `layers`, `vocabulary`.
+    Returns a dict with `architecture`, `hidden_size`, `layers`, `vocabulary`, `heads`, `kv_heads`, `head_size`,
+    `longest` (positions, or None), `feedforward`, `quantized`, `tied` (embeddings) and `stored_bytes` of its
+    weights (0 when they are not here).
 
     Raises:
         ModelError: when there is no such model, or its folder is incomplete.
@@ -124,7 +183,20 @@ def describe(path: str) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "layers": config.num_hidden_layers,
         "vocabulary": config.vocab_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_size": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "longest": getattr(config, "max_position_embeddings", None),
+        "feedforward": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "stored_bytes": _stored_bytes(folder),
+        "quantized": getattr(config, "quantization_config", None) is not None,
+        "tied": bool(getattr(config, "tie_word_embeddings", False)),
     }
+
+
+def _stored_bytes(folder: Path) -> int:
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)
 
 
 def end_tokens(tokenizer: Any, name: str, generation_config: Any = None) -> tuple[int, ...]:
@@ -187,11 +259,55 @@ def load_frozen(path: str, dtype: str = "float32", device: str = "cpu", name: st
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
+    return _frozen(path, name, model.to(device), tokenizer, getattr(model, "generation_config", None))
+
+
+def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) -> FrozenModel:
+    """A model's tokenizer and input embeddings alone: its weights are in an engine of their own.
+
+    Raises:
+        ModelError: when it cannot be found or read, or has no end token.
+    """
+    transformers = import_transformers()
+    from accelerate import init_empty_weights
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
+        with init_empty_weights():
+            whole = transformers.AutoModelForCausalLM.from_config(config)
+        whole.tie_weights()
+        embedding = whole.get_input_embeddings()
+        wanted = next(key for key, value in whole.named_parameters() if value is embedding.weight)
+        tensor = _stored(path, wanted, tuple(embedding.weight.shape))
+        generation = transformers.GenerationConfig.from_pretrained(path) if _has_generation_config(path) else None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
+    embedding.weight = nn.Parameter(tensor.to(getattr(torch, dtype)), requires_grad=False)
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    return _frozen(path, name, EmbeddingsOnly(config, embedding, count), tokenizer, generation)
+
+
+def _stored(path: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of the weight files, by its name or by the end of it: files may lack the outermost module."""
+    for stored, tensor in stored_tensors(path):
+        if (name.endswith(stored) or stored.endswith(name)) and tuple(tensor.shape) == shape:
+            return tensor
+    raise ModelError(f"its files hold no {name} of shape {shape}: take engine: transformers for it")
+
+
+def _has_generation_config(path: str) -> bool:
+    from transformers.utils import cached_file
+
+    return cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _frozen(path: str, name: str | None, model: Any, tokenizer: Any, generation_config: Any) -> FrozenModel:
     model.requires_grad_(False)
     model.eval()
-    ends = end_tokens(tokenizer, path, getattr(model, "generation_config", None))
+    ends = end_tokens(tokenizer, path, generation_config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    return FrozenModel(name or path, model.to(device), tokenizer, ends, pad_id)
+    return FrozenModel(path, name or path, model, tokenizer, ends, pad_id)
 
 
 def _first_line(error: Exception) -> str:

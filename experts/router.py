@@ -32,6 +32,7 @@ class Perceiver(nn.Module):
         policy_width: width of the policy's token embeddings.
         embedding_rms: root mean square of the policy's token embeddings, the unit of `prefix.scale`.
         anchors: (anchors, policy width) embeddings that the prefix starts from, or None.
+        learned_norms: which experts' normalised states get a trained gain and bias.
     """
 
     anchors: Tensor | None
@@ -43,8 +44,13 @@ class Perceiver(nn.Module):
         policy_width: int,
         embedding_rms: float,
         anchors: Float[Tensor, "anchors width"] | None = None,
+        learned_norms: Sequence[bool] = (),
     ) -> None:
         super().__init__()
+        flags = learned_norms or [False] * len(widths)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(w) if learned else nn.Identity() for w, learned in zip(widths, flags, strict=True)
+        )
         width, self.heads = config.width, config.heads
         self.project = nn.ModuleList(nn.Linear(expert_width, width) for expert_width in widths)
         # Unit-sized latents and expert marks: slots and experts differ from the first step on.
@@ -70,7 +76,8 @@ class Perceiver(nn.Module):
         """Starts the input projections of a fresh router from the experts' states on some training prompts."""
         for project, feature in zip(self.project, features, strict=True):
             assert isinstance(project, nn.Linear)
-            whiten_input(project, feature.flatten(0, 1), ridge)
+            states = feature.flatten(0, 1)
+            whiten_input(project, states[states.ne(0).any(dim=-1)], ridge)
 
     def forward(
         self, features: Sequence[Float[Tensor, "batch tokens width"]], visible: Bool[Tensor, "batch experts"]
@@ -78,16 +85,16 @@ class Perceiver(nn.Module):
         """Makes a prefix for every prompt.
 
         Args:
-            features: one tensor an expert; experts may differ in tokens and width.
+            features: one tensor an expert; experts may differ in tokens and width.  A state of zeros is padding.
             visible: False hides an expert; every row must show at least one.
         """
         states = [
-            project(feature) + self.expert_embedding[index]
-            for index, (project, feature) in enumerate(zip(self.project, features, strict=True))
+            project(norm(feature)) + self.expert_embedding[index] + self._places(feature)
+            for index, (norm, project, feature) in enumerate(zip(self.norms, self.project, features, strict=True))
         ]
         counts = [state.shape[1] for state in states]
         keys = torch.cat(states, dim=1)
-        shown = torch.cat([visible[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)
+        shown = torch.cat([visible[:, i : i + 1] & _real(feature) for i, feature in enumerate(features)], dim=1)
         batch, _, width = keys.shape
         by_head = (self.heads, width // self.heads)
         query = self.query(self.latents).unflatten(-1, by_head).transpose(-2, -3)  # the same for every prompt
@@ -101,3 +108,20 @@ class Perceiver(nn.Module):
             prefix = prefix + self.anchors
         per_expert = torch.stack([part.sum(dim=-1) for part in attention.split(counts, dim=-1)], dim=-1)
         return RouterOutput(prefix, per_expert)
+
+    def _places(self, feature: Tensor) -> Tensor | float:
+        """Marks states by how far they are from the prompt's end; a single state needs no mark."""
+        tokens, width = feature.shape[1], self.expert_embedding.shape[1]
+        if tokens == 1:
+            return 0.0
+        from_end = torch.arange(tokens - 1, -1, -1, device=feature.device, dtype=feature.dtype)
+        rates = torch.logspace(0, -2, width // 2, device=feature.device, dtype=feature.dtype)
+        angles = from_end[:, None] * rates
+        return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(tokens, width % 2)], dim=-1)
+
+
+def _real(feature: Float[Tensor, "batch tokens width"]) -> Bool[Tensor, "batch tokens"]:
+    """Which states are no padding; a prompt always has one."""
+    if feature.shape[1] == 1:
+        return torch.ones(feature.shape[:2], dtype=torch.bool, device=feature.device)
+    return feature.ne(0).any(dim=-1)

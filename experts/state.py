@@ -31,7 +31,10 @@ class RouterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RouterShape:
-    """What a router belongs to: the experts in order and the policy, by fingerprint."""
+    """What a router belongs to: the experts in order and the policy, by fingerprint.
+
+    norms: of each expert's states, as configured.
+    """
 
     experts: tuple[str, ...]
     widths: tuple[int, ...]
@@ -40,6 +43,7 @@ class RouterShape:
     policy_width: int
     policy_fingerprint: str
     embedding_rms: float
+    norms: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -90,7 +94,10 @@ def build_router(config: RouterConfig, shape: RouterShape, policy: FrozenModel, 
         anchors = policy.embed(torch.tensor(config.prefix.anchor_tokens, device=policy.device)).float().cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind(config, shape.widths, shape.policy_width, shape.embedding_rms, anchors)
+        # A router of your own need not know of learned norms unless a run asks for them.
+        learned = tuple(norm == "learned" for norm in shape.norms)
+        extra = {"learned_norms": learned} if any(learned) else {}
+        return kind(config, shape.widths, shape.policy_width, shape.embedding_rms, anchors, **extra)
 
 
 def take_arrays(router: nn.Module) -> Arrays:
@@ -157,5 +164,18 @@ def _refuse_other_experts(folder: Path, meta: dict[str, Any], shape: RouterShape
 
 
 def stack_features(features: Sequence[Sequence[np.ndarray]], device: Any = "cpu") -> list[torch.Tensor]:
-    """Per expert a list of (tokens, width) arrays -> per expert a (batch, tokens, width) tensor."""
-    return [torch.from_numpy(np.stack(list(rows))).to(device) for rows in features]
+    """Per expert a list of (tokens, width) arrays -> per expert a (batch, tokens, width) tensor.
+
+    Shorter ones stand at the end, behind rows of zeros, which a router leaves out.
+    """
+    return [torch.from_numpy(_padded(list(rows))).to(device) for rows in features]
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    longest = max(len(row) for row in rows)
+    if all(len(row) == longest for row in rows):
+        return np.stack(rows)
+    padded = np.zeros((len(rows), longest, rows[0].shape[-1]), dtype=rows[0].dtype)
+    for index, row in enumerate(rows):
+        padded[index, longest - len(row) :] = row
+    return padded

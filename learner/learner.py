@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experts.config import RouterConfig
-from experts.expert import Encoded
+from experts.expert import Encoded, whole
 from experts.loading import load_frozen, weights_sha256
 from experts.prefix import sketch
 from experts.state import (
@@ -162,17 +162,17 @@ class LearnerRank:
         """
         router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
         if calibrate := getattr(router, "calibrate", None):
-            calibrate(stack_features([e.features for e in features]), self.spec.router.calibration.ridge)
+            calibrate(stack_features([e.features for e in whole(features)]), self.spec.router.calibration.ridge)
         return take_arrays(router)
 
-    def update(self, ordinals: Sequence[int], waves: int, *parts: Rollout | Encoded) -> UpdateResult:
+    def update(self, ordinals: Sequence[int], *parts: Rollout | Encoded) -> UpdateResult:
         """One update on the groups of `ordinals`.
 
         Args:
-            parts: `waves` scored rollouts, then every wave's features, expert by expert.
+            parts: scored rollouts that hold these groups, and the features that these were made from.
         """
         start = time.perf_counter()
-        groups, features = select(ordinals, waves, parts)
+        groups, features = select(ordinals, parts)
         denominators = global_denominators(groups, self.spec.algorithm.constant_length)
         mine = slice(self.place.rank, None, self.place.world)
         sums = self.backward(groups[mine], [rows[mine] for rows in features], denominators)
@@ -250,17 +250,17 @@ class LearnerRank:
             del self.history[version]
 
 
-def select(
-    ordinals: Sequence[int], waves: int, parts: Sequence[Rollout | Encoded]
-) -> tuple[list[Group], list[list[np.ndarray]]]:
+def select(ordinals: Sequence[int], parts: Sequence[Rollout | Encoded]) -> tuple[list[Group], list[list[np.ndarray]]]:
     """The groups of some ordinals, in their order, and every expert's features of them."""
-    rollouts, encoded = parts[:waves], parts[waves:]
-    experts = len(encoded) // max(waves, 1)
-    by_ordinal: dict[int, tuple[Group, list[np.ndarray]]] = {}
-    for wave, rollout in enumerate(rollouts):
-        assert isinstance(rollout, Rollout)
-        mine = encoded[wave * experts : (wave + 1) * experts]
-        for row, group in enumerate(rollout.groups):
-            by_ordinal[group.ordinal] = (group, [e.features[row] for e in mine])  # type: ignore[union-attr]
-    chosen = [by_ordinal[ordinal] for ordinal in ordinals]
-    return [group for group, _ in chosen], [[features[e] for _, features in chosen] for e in range(experts)]
+    by_ordinal: dict[int, Group] = {}
+    by_key: dict[str, np.ndarray] = {}
+    for part in parts:
+        if isinstance(part, Rollout):
+            by_ordinal |= {group.ordinal: group for group in part.groups}
+        else:
+            by_key |= dict(zip(part.keys, part.features, strict=True))
+    groups = [by_ordinal[ordinal] for ordinal in ordinals]
+    if missing := [group.ordinal for group in groups if not set(group.feature_keys) <= by_key.keys()]:
+        raise LearnerError(f"prompt {missing[0]} came without the features it was sampled from: an expert has changed")
+    experts = len(groups[0].feature_keys) if groups else 0
+    return groups, [[by_key[group.feature_keys[expert]] for group in groups] for expert in range(experts)]

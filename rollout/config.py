@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from pydantic import BaseModel, ConfigDict, Field
+from experts.config import EngineConfig
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
-class PolicyConfig(BaseModel):
+class PolicyConfig(EngineConfig):
     """The frozen policy.
 
     model: a Hugging Face folder or name, or `zoo/<world>/<model>`.
-    workers: rollout workers, each with its own copy of the policy.
-    threads: torch threads of a worker; 0 takes the run's `threads`.
+    workers (or replicas): rollout workers, each with its own copy of the policy.
     """
 
-    model_config = FROZEN
-    model: str
-    engine: Literal["transformers"] = "transformers"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    workers: int = Field(1, ge=1)
-    cpus: float = Field(0.0, ge=0.0)
-    gpus: float = Field(0.0, ge=0.0)
-    threads: int = Field(0, ge=0)
+    model_config = FROZEN | ConfigDict(populate_by_name=True)
+    workers: int = Field(1, ge=1, validation_alias=AliasChoices("workers", "replicas"))
 
 
 class SamplingConfig(BaseModel):

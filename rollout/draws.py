@@ -29,6 +29,12 @@ def token_uniforms(seed: int, ordinal: int, version: int, samples: int, length: 
     return (bits >> 11) * 2.0**-53
 
 
+def request_seed(seed: int, ordinal: int, version: int) -> int:
+    """For an engine that draws by itself: below 2**31, so that it may count samples up from there."""
+    digest = hashlib.blake2b("|".join(map(str, (seed, ordinal, version, "request"))).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def collaborator_draws(seed: int, ordinal: int, version: int, experts: int, dropout: float) -> Draws:
     """Which experts a group's router sees; at least one always stays."""
     visible = np.ones(experts, dtype=bool)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from experts.loading import FrozenModel
+from experts.loading import FrozenModel, weights_sha256
 from rollout.sequence import PrefixPosition, Tokens, lay_out_prompts, next_positions, with_prefix
 from rollout.types import Completion, FinishReason, Sampling
 
@@ -27,14 +27,18 @@ class Request:
     tokens: the prompt's token ids.
     uniforms: (samples, max_new_tokens) float64 draws in [0, 1), one a sampled token; they make a
         completion independent of what else is in the batch.
+    seed: for an engine that draws by itself.
     """
 
     tokens: Tokens
     uniforms: np.ndarray | None
+    seed: int = 0
 
 
 class PolicyEngine(Protocol):
-    """What a rollout worker needs of an engine."""
+    """What a rollout worker needs of an engine.  needs_uniforms: whether requests must bring their draws."""
+
+    needs_uniforms: bool
 
     def generate(
         self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
@@ -42,9 +46,19 @@ class PolicyEngine(Protocol):
         """`sampling.samples` completions for every request; no prefix means no slots at all."""
         ...
 
+    def sha256(self) -> str:
+        """Hash of the policy's weights as they are now."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs outside this process."""
+        ...
+
 
 class TransformersEngine:
     """Batched sampling with a KV cache."""
+
+    needs_uniforms = True
 
     def __init__(self, policy: FrozenModel, position: PrefixPosition) -> None:
         self.policy = policy
@@ -103,6 +117,13 @@ class TransformersEngine:
         said = slice(None, step + 1)
         flat = self._completions(tokens[:, said].cpu().numpy(), logprobs[:, said].cpu().numpy())
         return [flat[i : i + sampling.samples] for i in range(0, len(flat), sampling.samples)]
+
+    def sha256(self) -> str:
+        """See `PolicyEngine.sha256`."""
+        return weights_sha256(self.policy.model)
+
+    def close(self) -> None:
+        """Nothing runs outside."""
 
     def _completions(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
         """One a row; equal rows are one object, which saves everybody after this most of the work."""

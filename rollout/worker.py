@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from experts.config import RouterConfig
-from experts.expert import Encoded
-from experts.loading import load_frozen, weights_sha256
+from experts.expert import Encoded, whole
+from experts.loading import load_embeddings, load_frozen
 from experts.prefix import prefix_hash, sketch
 from experts.state import RouterShape, RouterSnapshot, build_router, embedding_rms, put_arrays, stack_features
 from rollout.config import PolicyConfig
-from rollout.draws import collaborator_draws, token_uniforms
-from rollout.engine import Request, TransformersEngine
+from rollout.draws import collaborator_draws, request_seed, token_uniforms
+from rollout.engine import PolicyEngine, Request, TransformersEngine
 from rollout.types import Draws, Group, Prompt, Rollout, RouterStamp, Sampling
 
 
@@ -29,20 +30,38 @@ class RolloutWorker:
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        device = "cuda" if policy.gpus and torch.cuda.is_available() else "cpu"
         self.index, self.seed, self.router_config = index, seed, router
-        self.policy = load_frozen(path, policy.dtype, device, "policy")
-        self.engine = TransformersEngine(self.policy, router.prefix.position)
+        self.engine: PolicyEngine
+        if policy.engine == "vllm":
+            from rollout.vllm import VllmPolicyEngine
+
+            self.policy = load_embeddings(path, policy.dtype, "policy")
+            self.engine = VllmPolicyEngine(
+                self.policy, policy, router.prefix.position, threads, self.engine_died, seed + index
+            )
+        else:
+            device = "cuda" if policy.gpus and torch.cuda.is_available() else "cpu"
+            self.policy = load_frozen(path, policy.dtype, device, "policy")
+            self.engine = TransformersEngine(self.policy, router.prefix.position)
         self._embedding_rms = embedding_rms(self.policy)
         self._router: torch.nn.Module | None = None
         self._stamp: RouterStamp | None = None
+        # Calls come from several threads where the engine batches over them; the router belongs to one at a time.
+        self._router_lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Rollout({self.index})"
 
+    def engine_died(self) -> None:
+        """Called when an engine in a process of its own is gone; calls to the worker fail from then on."""
+
     def ready(self) -> bool:
         """Answers once the worker is built."""
         return True
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self.engine.close()
 
     def info(self) -> dict[str, Any]:
         """Width, parameters and fingerprints of the policy, for the router's shape and the run's summary."""
@@ -57,7 +76,7 @@ class RolloutWorker:
 
     def sha256(self) -> str:
         """Hash of the policy's weights as they are now."""
-        return weights_sha256(self.policy.model)
+        return self.engine.sha256()
 
     def attach(self, shape: RouterShape) -> None:
         """Builds the router's module once the experts' widths are known."""
@@ -88,11 +107,16 @@ class RolloutWorker:
         training: draws expert dropout; evaluation shows the router every expert.
         """
         start = time.perf_counter()
+        encoded = tuple(whole(encoded))
         dropout = self.router_config.expert_dropout if training else 0.0
         draws = [collaborator_draws(self.seed, p.ordinal, snapshot.version, len(encoded), dropout) for p in prompts]
-        prefix, attention = self._prefix(snapshot, encoded, draws) if encoded else (None, None)
+        with self._router_lock:
+            prefix, attention = self._prefix(snapshot, encoded, draws) if encoded else (None, None)
         tokens = [np.asarray(self.policy.tokenize(prompt.messages), dtype=np.int64) for prompt in prompts]
-        requests = [Request(t, self._uniforms(p, snapshot, sampling)) for t, p in zip(tokens, prompts, strict=True)]
+        requests = [
+            Request(t, self._uniforms(p, snapshot, sampling), request_seed(self.seed, p.ordinal, snapshot.version))
+            for t, p in zip(tokens, prompts, strict=True)
+        ]
         completions = self.engine.generate(requests, prefix, sampling)
         stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
         norms = self._rms_ratios(prefix, len(prompts))
@@ -137,7 +161,7 @@ class RolloutWorker:
         return out.prefix, out.attention.mean(dim=1).float().cpu().numpy()
 
     def _uniforms(self, prompt: Prompt, snapshot: RouterSnapshot, sampling: Sampling) -> np.ndarray | None:
-        if sampling.temperature == 0:
+        if sampling.temperature == 0 or not self.engine.needs_uniforms:
             return None
         return token_uniforms(self.seed, prompt.ordinal, snapshot.version, sampling.samples, sampling.max_new_tokens)
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.jobs.placement import Node
 from cluster.run.environment import PROCESS_ENVIRONMENT
 from cluster.run.faults import answer_stack_requests
 from cluster.run.fleet import Reference
 from cluster.run.recipe import Recipe
+from experts.expert import Encoded, Expert
 from experts.loading import import_transformers
+from experts.state import RouterShape, RouterSnapshot
 from learner.engine import Rendezvous, free_port, import_deepspeed
 from learner.learner import LearnerRank, LearnerSpec
+from rollout.types import Prompt, Rollout, Sampling
+from rollout.worker import RolloutWorker
 
 
 class ClusterError(RuntimeError):
@@ -61,6 +70,37 @@ def join_cluster(address: str | None, dashboard_port: int | None, namespace: str
         raise ClusterError(f"{where} cannot be reached: {str(error).splitlines()[0]}") from error
     token = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
     return ClusterInfo(context.dashboard_url, not address, token)
+
+
+def gpu_nodes(memory_gb: float | None) -> list[Node]:
+    """The cluster's nodes with their GPUs, and how much memory each GPU has, as they say themselves.
+
+    memory_gb: of every GPU, where it is known already.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    if memory_gb is not None:
+        memories: list[int | None] = [int(memory_gb * 2**30)] * len(nodes)
+    else:
+        ask = ray.remote(_gpu_memory)
+        there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        memories = ray.get([ask.options(num_cpus=0, scheduling_strategy=place).remote() for place in there])
+    return [
+        Node(node["NodeManagerAddress"], int(node["Resources"]["GPU"]), memory)
+        for node, memory in zip(nodes, memories, strict=True)
+    ]
+
+
+def _gpu_memory() -> int | None:
+    """Bytes of the smallest GPU of this node; None when it has none that says so."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return min(int(line) for line in said.split()) * 2**20
 
 
 def leave_cluster() -> None:
@@ -144,6 +184,69 @@ def _create(handle: RayHandle) -> Any:
     if handle.concurrency > 1:
         options["max_concurrency"] = handle.concurrency
     return ray.remote(recipe.kind).options(**options).remote(*recipe.args)
+
+
+class Placed:
+    """A worker in steps: placed first, and its model loaded when told, because engines that share a GPU must start
+    one after the other.
+
+    Calls may come from several threads; those that need the model wait for it.
+    """
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        self._name, self._arguments, self._loaded = name, arguments, threading.Event()
+        import_transformers()
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def place(self) -> tuple[str, tuple[str, ...]]:
+        """The node it is on, and its GPUs there."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
+
+    def load(self) -> bool:
+        """Builds the worker."""
+        try:
+            super().__init__(*self._arguments)
+        finally:
+            self._loaded.set()
+        return True
+
+    def ready(self) -> bool:
+        """Answers once the worker is built."""
+        return self._loaded.wait()
+
+    def engine_died(self) -> None:
+        """A broken engine must not keep answering: the process ends, and the driver starts another."""
+        print(f"{self._name}: its engine is gone, the worker ends", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+class ExpertActor(Placed, Expert):
+    """An expert as an actor."""
+
+
+class RolloutActor(Placed, RolloutWorker):
+    """A rollout worker as an actor; with an engine that batches over calls, several run at once."""
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        super().__init__(name, *arguments)
+        self._attached = threading.Event()
+
+    def attach(self, shape: RouterShape) -> None:
+        """See `RolloutWorker.attach`."""
+        self._loaded.wait()
+        super().attach(shape)
+        self._attached.set()
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, snapshot: RouterSnapshot, *encoded: Encoded
+    ) -> tuple[Rollout, int]:
+        """See `RolloutWorker.sample`."""
+        self._attached.wait()
+        return super().sample(prompts, sampling, snapshot, *encoded)
 
 
 class LearnerActor(LearnerRank):

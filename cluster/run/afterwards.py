@@ -20,6 +20,7 @@ from cluster.run.start import Started, start_inline
 from cluster.watch import logs
 from cluster.watch.tables import print_results
 from cluster.zoo import paths
+from experts.expert import whole
 from learner.batch import global_denominators
 from rewards.sources import Task, build_tasks
 from rewards.stream import PromptStream
@@ -126,7 +127,7 @@ def _replay(
     loss = norm = 0.0
     for number in range(start + 1, step + 1):
         kept: list[Group] = groups.read(folder.groups, number, stream.prompt)
-        encoded = started.fleet.encode([group.prompt for group in kept])
+        encoded = whole([stage.reference for stage in started.fleet.encode([group.prompt for group in kept])])
         denominators = global_denominators(kept, config.algorithm.constant_length)
         sums = learner.backward(kept, [e.features for e in encoded], denominators)
         loss, norm = sums.values.get("loss", 0.0), learner.finish_update()

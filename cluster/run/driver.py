@@ -88,7 +88,7 @@ class Driver:
         if not finished:
             return
         rollout = Rollout(tuple(finished), tokens=0, hits=0, misses=0, seconds=0.0, encode_s=0.0)
-        features = self.fleet.encode([group.prompt for group in finished])
+        features = [stage.reference for stage in self.fleet.encode([group.prompt for group in finished])]
         wave = Wave(self.fleet.backend.put(rollout), features, wave_report(rollout, finished, 0.0))
         self._waves.update(dict.fromkeys((group.ordinal for group in finished), wave))
 
@@ -171,11 +171,7 @@ class Driver:
 
     def _encode(self, prompts: list[Prompt]) -> list[Stage]:
         ahead = self._ahead.pop(prompts[0].ordinal, None)
-        return ahead.experts if ahead is not None and ahead.prompts == prompts else self._ask_experts(prompts)
-
-    def _ask_experts(self, prompts: list[Prompt]) -> list[Stage]:
-        references = self.fleet.encode(prompts)
-        return [Stage.of(expert, made) for expert, made in zip(self.fleet.experts, references, strict=True)]
+        return ahead.experts if ahead is not None and ahead.prompts == prompts else self.fleet.encode(prompts)
 
     def _encode_ahead(self) -> None:
         """Features do not depend on the router: those of the next update are made while this one's prompts sample."""
@@ -186,7 +182,7 @@ class Driver:
         for at in range(0, len(upcoming) - size + 1, size):
             if upcoming[at] not in self._ahead:
                 prompts = [self.stream.prompt(ordinal) for ordinal in upcoming[at : at + size]]
-                self._ahead[upcoming[at]] = Features(prompts, self._ask_experts(prompts))
+                self._ahead[upcoming[at]] = Features(prompts, self.fleet.encode(prompts))
 
     def _idlest(self, handles: Sequence[Handle]) -> Handle:
         return min(handles, key=lambda handle: self._load[handle.name])
@@ -240,7 +236,7 @@ class Driver:
         waves = list({id(self._waves[o]): self._waves[o] for o in batch}.values())
         try:
             parts = [w.rollout for w in waves] + [f for w in waves for f in w.features]
-            results = await self.learning.update(batch, len(waves), parts)
+            results = await self.learning.update(batch, parts)
         except LostGroupsError as error:
             await self._run_again(batch, error.fault)
             return

@@ -18,7 +18,7 @@ from cluster.run.metrics import attention_metrics
 from cluster.run.routing import RouteClassifier
 from cluster.run.scoring import WaveReport
 from cluster.watch.results import Result
-from experts.expert import Encoded
+from experts.expert import whole
 from rewards.sources import Task
 from rollout.draws import generator
 from rollout.types import Prompt, RewardStatus, Sampling
@@ -95,20 +95,20 @@ class Evaluator:
         size = self.config.evaluation.batch
         for index, at in enumerate(range(0, len(prompts), size)):
             chunk = list(prompts[at : at + size])
-            features = self.fleet.encode(donors[at : at + size]) if donors is not None else []
+            asked = self.fleet.encode(donors[at : at + size]) if donors is not None else []
+            features = [stage.reference for stage in asked]
             worker = self.fleet.rollouts[index % len(self.fleet.rollouts)]
             rollout = worker.call("generate", chunk, sampling, router, *features, training=False)
             verifier = self.fleet.rewards[index % len(self.fleet.rewards)]
             references.append(verifier.call("score", rollout, returns=2)[1])
-            stages += [Stage.of(e, made) for e, made in zip(self.fleet.experts, features, strict=False)]
-            stages += [Stage.of(worker, rollout), Stage.of(verifier, references[-1])]
+            stages += [*asked, Stage.of(worker, rollout), Stage.of(verifier, references[-1])]
         reports: list[WaveReport] = await self.fleet.get_all(references, "evaluation", stages=stages)
         groups = [group for report in reports for group in report.groups]
         return Answered([self._outcome(group.statuses[0], group.right[0]) for group in groups], reports)
 
     async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
         messages = [prompt.messages for prompt in prompts]
-        asked, verifier = self.fleet.experts[expert], self.fleet.rewards[0]
+        asked, verifier = self.fleet.copies[expert].handles[0], self.fleet.rewards[0]
         texts = asked.call("answer", messages, self.config.sampling.max_new_tokens)
         scores = verifier.call("score_texts", list(prompts), texts)
         stages = [Stage.of(asked, texts), Stage.of(verifier, scores)]
@@ -120,9 +120,9 @@ class Evaluator:
         return int(status is RewardStatus.OK and right >= RIGHT)
 
     async def _features(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        asked = self.fleet.encode(prompts)
-        stages = [Stage.of(expert, made) for expert, made in zip(self.fleet.experts, asked, strict=True)]
-        encoded: list[Encoded] = await self.fleet.get_all(asked, "encoding for evaluation", stages=stages)
+        stages = self.fleet.encode(prompts)
+        asked = [stage.reference for stage in stages]
+        encoded = whole(await self.fleet.get_all(asked, "encoding for evaluation", stages=stages))
         return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)
 
     async def _route_classifier(self, prompts: Sequence[Prompt]) -> RouteClassifier:

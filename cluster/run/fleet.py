@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from cluster.run.replicas import Replicas
+
 Reference = Any
 
 
@@ -170,6 +172,7 @@ class InProcess:
 class Fleet:
     """All workers of a run.  `experts` are in the router's order.
 
+    copies: of each expert, its replicas; by default every worker is an expert of its own.
     deadline_s: of every wait; start_deadline_s: of those for workers that load models.
     waits: all that are under way.
     """
@@ -182,16 +185,25 @@ class Fleet:
     backend: Backend = field(default_factory=InProcess)
     start_deadline_s: float = 900.0
     waits: set[Wait] = field(default_factory=set)
+    copies: Sequence[Replicas] = ()
+
+    def __post_init__(self) -> None:
+        self.copies = self.copies or [Replicas([expert]) for expert in self.experts]
 
     @property
     def workers(self) -> list[Handle]:
         """All of them."""
         return [*self.experts, *self.rollouts, *self.rewards, *self.learners]
 
-    def encode(self, prompts: Sequence[Any]) -> list[Reference]:
-        """Every expert's features of some prompts."""
-        messages = [prompt.messages for prompt in prompts]
-        return [expert.call("encode", messages) for expert in self.experts]
+    def encode(self, prompts: Sequence[Any]) -> list[Stage]:
+        """Calls for every expert's features of some prompts; `experts.expert.whole` puts the parts together."""
+        stages = []
+        for expert in self.copies:
+            for handle, rows in expert.split(prompts, self.backend.is_ready):
+                made = handle.call("encode", [prompts[row].messages for row in rows], rows)
+                expert.sent(handle, made, len(rows))
+                stages.append(Stage.of(handle, made))
+        return stages
 
     async def get(
         self, reference: Reference, what: str, limit_s: float | None = None, stages: Sequence[Stage] = ()

@@ -36,7 +36,6 @@ class Job:
     """What `LearnerRank.update` takes."""
 
     batch: Sequence[int]
-    waves: int
     parts: Sequence[Reference]
 
 
@@ -65,7 +64,7 @@ class Learning:
         self._unsettled: Done | None = None
         self._arriving: asyncio.Task[None] | None = None
 
-    async def update(self, batch: Sequence[int], waves: int, parts: Sequence[Reference]) -> list[UpdateResult]:
+    async def update(self, batch: Sequence[int], parts: Sequence[Reference]) -> list[UpdateResult]:
         """One update; what each rank says of it.  A learner that dies over it is built again and repeats it.
 
         Args:
@@ -76,7 +75,7 @@ class Learning:
             RunError: when the learner keeps dying.
         """
         await self._settle()
-        job = Job(batch, waves, parts)
+        job = Job(batch, parts)
         while True:
             stages: list[Stage] = []
             try:
@@ -119,7 +118,7 @@ class Learning:
 
     async def _run(self, job: Job, stages: list[Stage]) -> tuple[list[UpdateResult], Done]:
         ranks = self.fleet.learners
-        updates = [rank.call("update", job.batch, job.waves, *job.parts) for rank in ranks]
+        updates = [rank.call("update", job.batch, *job.parts) for rank in ranks]
         stages += [Stage.of(rank, update) for rank, update in zip(ranks, updates, strict=True)]
         router = ranks[0].call("snapshot")
         moments = [rank.call("moments") for rank in ranks] if self.fleet.backend.survives else []

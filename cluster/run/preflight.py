@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.config import ConfigError, RunConfig
 from cluster.zoo import paths as zoo
+from experts.config import EngineConfig
 from experts.loading import check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
+from experts.vllm_engine import check_installed, supports
 from learner.algorithms import ALGORITHMS
 from rewards.sources import Task, of_length
 
@@ -44,12 +48,62 @@ def check_models(config: RunConfig) -> None:
     Raises:
         ValueError: one line, naming the model and the remedy.
     """
+    described = {}
     for key, reference in config.models().items():
         try:
-            describe(model_path(reference))
+            described[key] = describe(model_path(reference))
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
     check_end_token(model_path(config.policy.model))
+    for key, engine in config.engines().items():
+        if engine.engine == "vllm":
+            _check_vllm(key, engine, described[f"{key}.model"])
+    if config.router.init:
+        _check_widths(config, described)
+
+
+def _check_vllm(key: str, config: EngineConfig, model: Mapping[str, Any]) -> None:
+    try:
+        check_installed()
+    except ValueError as error:
+        raise ConfigError(f"{key}.{error}") from error
+    if not supports(model["architecture"]):
+        raise ConfigError(
+            f"{key}.engine: vLLM has no {model['architecture']} ({config.model}): take engine: transformers"
+        )
+    if model["heads"] % config.tensor_parallel:
+        raise ConfigError(
+            f"{key}.tensor_parallel: {config.tensor_parallel} does not divide the {model['heads']} attention heads of "
+            f"{config.model}"
+        )
+    if config.max_model_tokens and model["longest"] and config.max_model_tokens > model["longest"]:
+        raise ConfigError(
+            f"{key}.max_model_tokens: {config.max_model_tokens} is more than the {model['longest']} positions of "
+            f"{config.model}"
+        )
+
+
+def _check_widths(config: RunConfig, models: Mapping[str, Mapping[str, Any]]) -> None:
+    """A saved router must be as wide as the models it shall serve."""
+    saved = json.loads((Path(str(config.router.init)) / "router.json").read_text())
+    width = models["policy.model"]["hidden_size"]
+    if saved["policy"]["width"] != width:
+        raise ConfigError(
+            f"router.init: {config.router.init} makes prefixes of width {saved['policy']['width']}, and "
+            f"policy.model {config.policy.model} is {width} wide"
+        )
+    for index, (expert, was) in enumerate(zip(config.experts, saved["experts"], strict=False)):
+        width = models[f"experts.{index}.model"]["hidden_size"]
+        if was["width"] != width:
+            raise ConfigError(
+                f"router.init: {config.router.init} reads states of width {was['width']} from expert {index}, and "
+                f"experts.{index}.model {expert.model} is {width} wide"
+            )
+
+
+def model_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What `describe` says of every model, by configuration key."""
+    return {key: describe(model_path(reference)) for key, reference in config.models().items()}
 
 
 def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[str], None]) -> dict[str, Task]:
@@ -83,7 +137,8 @@ def plan_rows(config: RunConfig) -> list[PlanRow]:
     """The plan of workers."""
     p, c = config.policy, config.learner
     experts = [
-        PlanRow(f"Expert({e.name})", 1, e.model, str(e.threads or "shared"), e.cpus, e.gpus) for e in config.experts
+        PlanRow(f"Expert({e.name})", e.replicas, e.model, str(e.threads or "shared"), e.cpus, e.gpus)
+        for e in config.experts
     ]
     return [
         *experts,

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.config import RunConfig
+from cluster.jobs import placement
 from cluster.run import actors, checkpoint
 from cluster.run.admission import Admission, Limits
 from cluster.run.baselines import KnownBaselines, fingerprints
@@ -25,6 +26,7 @@ from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder
 from cluster.run.learning import Learning
 from cluster.run.masking import MaskedShare
+from cluster.run.preflight import model_facts
 from cluster.run.records import Records, baselines_of
 from cluster.run.recovery import Recovery, RunError
 from cluster.run.start import Started, start_inline, start_on_ray
@@ -83,8 +85,18 @@ class Session:
                 f"Ray dashboard: http://{info.dashboard_url}  (log in with the token in {info.token_path})",
                 highlight=False,
             )
+        self._check_placement()
         with self.console.status("starting the experts, the policy, the verifiers and the learner"):
             return await start_on_ray(self.config, verifiers)
+
+    def _check_placement(self) -> None:
+        """The memory plan, where GPUs are asked for; one that cannot fit is refused before anything is allocated."""
+        if not any((*(e.gpus for e in self.config.engines().values()), self.config.learner.gpus)):
+            return
+        wanted = placement.needs(self.config, model_facts(self.config))
+        nodes = actors.gpu_nodes(self.config.ray.gpu_memory_gb)
+        self.console.print(placement.table(wanted, nodes))
+        placement.check(wanted, nodes)
 
     async def _train(self, started: Started, resumed: checkpoint.Checkpoint | None, begun: float) -> Outcome:
         fleet = started.fleet
@@ -130,7 +142,8 @@ class Session:
         elif router.calibration.prompts:
             with self.console.status("looking at the experts' states"):
                 prompts = [self.stream.prompt(ordinal) for ordinal in range(router.calibration.prompts)]
-                arrays = await fleet.get(fleet.learners[0].call("calibrate", *fleet.encode(prompts)), "calibrating")
+                encoded = [stage.reference for stage in fleet.encode(prompts)]
+                arrays = await fleet.get(fleet.learners[0].call("calibrate", *encoded), "calibrating")
         else:
             return
         await fleet.get_all([rank.call("start_from", arrays) for rank in fleet.learners], "starting the router")
@@ -164,16 +177,9 @@ class Session:
         fleet = started.fleet
         handles = [*fleet.experts, *fleet.rollouts, *fleet.learners]
         hashes = await fleet.get_all([handle.call("sha256") for handle in handles], "hashing the frozen weights")
-        before = [*started.experts, *([started.policy] * (len(fleet.rollouts) + len(fleet.learners)))]
         return [
-            {
-                "name": info["name"],
-                "worker": handle.name,
-                "parameters": info["parameters"],
-                "sha256_before": info["sha256"],
-                "sha256_after": digest,
-            }
-            for handle, info, digest in zip(handles, before, hashes, strict=True)
+            {**started.frozen[handle.name], "worker": handle.name, "sha256_after": digest}
+            for handle, digest in zip(handles, hashes, strict=True)
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from cluster.config import RunConfig
 from cluster.run.fleet import Fleet, Handle, Inline
 from cluster.run.preflight import model_path
 from cluster.run.recipe import Recipe
+from cluster.run.replicas import Replicas
 from cluster.run.scoring import AsyncScoringWorker, ScoringWorker
+from experts.config import ExpertConfig
 from experts.expert import Expert
 from experts.state import RouterShape
 from learner.engine import Rendezvous
@@ -25,12 +28,14 @@ class Started:
     """Workers that are ready, and what they said about their frozen models.
 
     experts, policy: name, width, parameters, fingerprint and weight hash of each.
+    frozen: by worker's name, which model it holds, of how many parameters, and its hash at the start.
     """
 
     fleet: Fleet
     shape: RouterShape
     experts: list[dict[str, Any]]
     policy: dict[str, Any]
+    frozen: dict[str, dict[str, Any]]
 
 
 def share_of_cores(config: RunConfig, workers: int, wanted: int) -> int:
@@ -38,18 +43,16 @@ def share_of_cores(config: RunConfig, workers: int, wanted: int) -> int:
     return wanted or config.threads or max(1, (os.cpu_count() or 1) // workers)
 
 
-def expert_recipes(config: RunConfig) -> list[Recipe]:
-    """One worker an expert."""
-    return [
-        Recipe(
-            f"Expert({e.name})",
-            Expert,
-            (e, model_path(e.model), config.cache, share_of_cores(config, len(config.experts), e.threads)),
-            e.cpus,
-            e.gpus,
-        )
-        for e in config.experts
-    ]
+def expert_recipes(config: RunConfig) -> list[list[Recipe]]:
+    """For every expert, one worker a replica."""
+    workers = sum(e.replicas for e in config.experts)
+    return [[_expert_recipe(config, e, i, workers) for i in range(e.replicas)] for e in config.experts]
+
+
+def _expert_recipe(config: RunConfig, e: ExpertConfig, replica: int, workers: int) -> Recipe:
+    name = f"Expert({e.name}, replica {replica})" if e.replicas > 1 else f"Expert({e.name})"
+    threads = share_of_cores(config, workers, e.threads)
+    return Recipe(name, Expert, (e, model_path(e.model), config.cache, threads), e.cpus, e.gpus)
 
 
 def rollout_recipes(config: RunConfig) -> list[Recipe]:
@@ -86,6 +89,7 @@ def shape_of(config: RunConfig, experts: list[dict[str, Any]], policy: dict[str,
         policy_width=policy["width"],
         policy_fingerprint=policy["fingerprint"],
         embedding_rms=policy["embedding_rms"],
+        norms=tuple(e.norm for e in config.experts),
     )
 
 
@@ -95,7 +99,7 @@ def start_inline(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Starte
     def build(recipe: Recipe) -> Inline:
         return Inline(recipe.name, recipe.kind(*recipe.args))
 
-    experts = [build(r) for r in expert_recipes(config)]
+    experts = [build(recipes[0]) for recipes in expert_recipes(config)]
     rollouts = [build(r) for r in rollout_recipes(config)]
     expert_infos = [e.worker.info() for e in experts]
     policy_info = rollouts[0].worker.info()
@@ -104,17 +108,23 @@ def start_inline(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Starte
     rewards = [Inline("Reward(0)", ScoringWorker(verifiers, config.rewards))]
     learners = [Inline("Learner(rank 0)", LearnerRank(learner_spec(config, shape), Rendezvous()))]
     fleet = Fleet(experts, rollouts, rewards, learners, config.ray.deadline_s)
-    return Started(fleet, shape, expert_infos, policy_info)
+    infos = {
+        handle.name: info for handle, info in zip([*experts, *rollouts], [*expert_infos, policy_info], strict=True)
+    }
+    hashes = {"Learner(rank 0)": learners[0].worker.sha256()}
+    return Started(fleet, shape, expert_infos, policy_info, _frozen(infos, hashes, policy_info))
 
 
 async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Started:
     """All workers as actors of a Ray cluster this process has joined; models load in parallel."""
-    from cluster.run.actors import LearnerActor, spawn
+    from cluster.run.actors import ExpertActor, LearnerActor, RolloutActor, spawn
     from cluster.run.faults import RayBackend
 
     backend = RayBackend()
-    experts = [spawn(r) for r in expert_recipes(config)]
-    rollouts = [spawn(r) for r in rollout_recipes(config)]
+    several = config.pipeline.calls_per_worker + 2 if config.policy.engine == "vllm" else 1
+    copies = [[spawn(placed(ExpertActor, r)) for r in recipes] for recipes in expert_recipes(config)]
+    experts = [handle for handles in copies for handle in handles]
+    rollouts = [spawn(placed(RolloutActor, r), several) for r in rollout_recipes(config)]
     rewards = [
         spawn(Recipe(f"Reward({i})", AsyncScoringWorker, (dict(verifiers), config.rewards, i)), concurrency=16)
         for i in range(config.rewards.workers)
@@ -122,16 +132,64 @@ async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> 
     c = config.learner
     learners = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (r,), c.cpus, c.gpus)) for r in range(c.ranks)]
     ray = config.ray
-    fleet = Fleet(experts, rollouts, rewards, learners, ray.deadline_s, backend, ray.start_deadline_s)
-    asked = [handle.call("info") for handle in [*experts, *rollouts]]
-    infos = await fleet.get_all(asked, "starting the experts and the policy", ray.start_deadline_s)
-    expert_infos, policy_info = infos[: len(experts)], infos[len(experts)]
+    pools = [Replicas(handles) for handles in copies]
+    fleet = Fleet(experts, rollouts, rewards, learners, ray.deadline_s, backend, ray.start_deadline_s, copies=pools)
+    hosts: list[Any] = [*experts, *rollouts]
+    await load_in_turn(fleet, hosts)
+    answers = await fleet.get_all(
+        [handle.call("info") for handle in hosts], "what the experts and the policy are", ray.start_deadline_s
+    )
+    infos = {handle.name: info for handle, info in zip(hosts, answers, strict=True)}
+    expert_infos, policy_info = [infos[handles[0].name] for handles in copies], infos[rollouts[0].name]
     shape = shape_of(config, expert_infos, policy_info)
     told = [rank.start_with("configure", learner_spec(config, shape)) for rank in learners]
     attached = [r.start_with("attach", shape) for r in rollouts]
     waits = [join_ranks(fleet, learners), *told, *attached]
     await fleet.get_all(waits, "starting the learner", ray.start_deadline_s)
-    return Started(fleet, shape, expert_infos, policy_info)
+    digests = await fleet.get_all([rank.call("sha256") for rank in learners], "hashing the learner's policy")
+    hashes = {rank.name: digest for rank, digest in zip(learners, digests, strict=True)}
+    return Started(fleet, shape, expert_infos, policy_info, _frozen(infos, hashes, policy_info))
+
+
+def placed(kind: type, recipe: Recipe) -> Recipe:
+    """The same worker as an actor that is placed before it loads."""
+    return Recipe(recipe.name, kind, (recipe.name, *recipe.args), recipe.cpus, recipe.gpus)
+
+
+async def load_in_turn(fleet: Fleet, handles: Sequence[Any]) -> None:
+    """Loads the models: all at once, but one after the other on the same GPU, whose free memory an engine measures."""
+    what, limit = "loading the experts and the policy", fleet.start_deadline_s
+    places = await fleet.get_all([handle.call("place") for handle in handles], "placing the workers", limit)
+    taken: dict[tuple[str, str], asyncio.Future[Any]] = {}
+
+    async def after(before: list[asyncio.Future[Any]], handle: Any) -> None:
+        if before:
+            await asyncio.gather(*before)
+        await fleet.get(handle.start_with("load"), f"{what}: {handle.name}", limit)
+
+    loading = []
+    for handle, (node, gpus) in zip(handles, places, strict=True):
+        before = [taken[node, gpu] for gpu in gpus if (node, gpu) in taken]
+        task = asyncio.ensure_future(after(before, handle))
+        taken |= dict.fromkeys(((node, gpu) for gpu in gpus), task)
+        loading.append(task)
+    try:
+        await asyncio.gather(*loading)
+    finally:
+        for task in loading:
+            task.cancel()
+
+
+def _frozen(
+    infos: Mapping[str, Mapping[str, Any]], learners: Mapping[str, str], policy: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """See `Started.frozen`."""
+    held = {name: (info, info["sha256"]) for name, info in infos.items()}
+    held |= {name: (policy, digest) for name, digest in learners.items()}
+    return {
+        name: {"name": info["name"], "parameters": info["parameters"], "sha256_before": digest}
+        for name, (info, digest) in held.items()
+    }
 
 
 async def join_ranks(fleet: Fleet, ranks: Sequence[Handle]) -> None:

@@ -57,6 +57,7 @@ def encode(some: Sequence[Prompt], seed: int = 7) -> tuple[Encoded, ...]:
             0,
             0,
             0.0,
+            tuple(range(len(some))),
         )
         for name, width, tokens in zip(("left", "right"), WIDTHS, TOKENS, strict=True)
     )
@@ -132,7 +133,7 @@ def score(group: Group, rewards: Sequence[float | None]) -> Group:
 def update(learner: LearnerRank, rollout: Rollout, seed: int = 7) -> Any:
     """One update of a lone rank on all groups of a rollout."""
     some = [group.prompt for group in rollout.groups]
-    return learner.update([p.ordinal for p in some], 1, rollout, *encode(some, seed))
+    return learner.update([p.ordinal for p in some], rollout, *encode(some, seed))
 
 
 def backward(learner: LearnerRank, groups: Sequence[Group], seed: int = 7) -> Any:

@@ -185,7 +185,7 @@ class World:
         self.trained: list[tuple[int, int]] = []
         self.timeline: list[str] = []
 
-    def encode(self, messages: Any) -> list[int]:
+    def encode(self, messages: Any, rows: Any) -> list[int]:
         """Features of nobody."""
         return []
 
@@ -203,7 +203,7 @@ class World:
         )
         return WaveReport(groups, 0, 0, 0, 0.0, 0.0, 0.0)
 
-    def update(self, batch: list[int], waves: int, *parts: Any) -> UpdateResult:
+    def update(self, batch: list[int], *parts: Any) -> UpdateResult:
         """Counts."""
         self.version += 1
         self.trained += [(self.version, ordinal) for ordinal in batch]

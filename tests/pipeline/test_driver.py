@@ -234,7 +234,7 @@ def test_a_worker_that_hangs_outside_training_is_found_by_its_silence(
         if step == 3:
             looked.append(step)
             stage.worker(name).hangs = int(len(looked) == 1)
-            features = stage.fleet.encode([])
+            features = [made.reference for made in stage.fleet.encode([])]
             rollouts = [worker.call("sample", [], None, router, *features) for worker in stage.fleet.rollouts]
             await stage.fleet.get_all(rollouts, "evaluation")
 
