@@ -103,7 +103,10 @@ def start(verifiers: dict[str, Verifier], workers: int, timeout_s: float = 10.0)
     """Reward actors that are warm."""
     config = RewardsConfig(workers=workers, processes=1, timeout_s=timeout_s)
     found = [
-        actors.spawn(Recipe(f"Reward({i})", AsyncScoringWorker, (verifiers, config, i)), concurrency=16)
+        actors.spawn(
+            Recipe(f"Reward({i} of {workers}: {', '.join(verifiers)})", AsyncScoringWorker, (verifiers, config, i)),
+            concurrency=16,
+        )
         for i in range(workers)
     ]
     asyncio.run(_all([worker.call("ready") for worker in found]))
