@@ -55,7 +55,6 @@ class Host:
     def __init__(self, latencies: Latencies, parameters: int = 1) -> None:
         self.latencies, self.parameters = latencies, parameters
         self._busy: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._version = 0
 
     async def ready(self) -> bool:
         """Answers once the process is up."""
@@ -84,28 +83,41 @@ class Host:
         )
         return rollout, WaveReport(groups, 0, 0, 0, 0.0, 0.0, 0.0)
 
-    async def update(self, worker: str, batch: Sequence[int], *parts: Any) -> UpdateResult:
-        """An update that changes only the version."""
-        async with self._busy[worker]:
-            await _wait(self.latencies.learner_s)
-            self._version += 1
-        return UpdateResult(Sums(), 0.0, 0.0)
-
-    async def snapshot(self, worker: str) -> RouterSnapshot:
-        """The router, after the update before this call."""
-        async with self._busy[worker]:
-            arrays = {"weight": np.zeros(self.parameters, np.float32)}
-            return RouterSnapshot(self._version, 0, str(self._version), arrays)
-
-    async def moments(self, worker: str) -> OptimizerState:
-        """The optimizer's state."""
-        async with self._busy[worker]:
-            return OptimizerState(self._version, {})
-
     async def receive(self, worker: str, router: RouterSnapshot) -> float:
         """Reads a published router to its last byte; when it was done, by the machine's clock."""
         router.arrays["weight"].sum()
         return time.time()
+
+
+class LearnerHost:
+    """The learner's process: one call after the other, in the order in which they came, as a real rank's."""
+
+    def __init__(self, latencies: Latencies, parameters: int = 1) -> None:
+        self.latencies, self.parameters, self._version = latencies, parameters, 0
+
+    def ready(self) -> bool:
+        """Answers once the process is up."""
+        return True
+
+    def begin(self) -> bool:
+        """A new run."""
+        self._version = 0
+        return True
+
+    def update(self, worker: str, batch: Sequence[int], *parts: Any) -> UpdateResult:
+        """An update that changes only the version."""
+        time.sleep(self.latencies.learner_s)
+        self._version += 1
+        return UpdateResult(Sums(), 0.0, 0.0)
+
+    def snapshot(self, worker: str) -> RouterSnapshot:
+        """The router, after the update before this call."""
+        arrays = {"weight": np.zeros(self.parameters, np.float32)}
+        return RouterSnapshot(self._version, 0, str(self._version), arrays)
+
+    def moments(self, worker: str) -> OptimizerState:
+        """The optimizer's state."""
+        return OptimizerState(self._version, {})
 
 
 async def _wait(seconds: float) -> None:
@@ -132,11 +144,12 @@ class Simulated:
 
 
 def start_hosts(count: int, latencies: Latencies, parameters: int = 1) -> list[Any]:
-    """Processes for simulated workers, up and ready."""
+    """Processes for simulated workers, up and ready; the first one is the learner's."""
     import ray
 
-    kind = ray.remote(Host)
-    hosts = [kind.options(num_cpus=0, max_concurrency=1000).remote(latencies, parameters) for _ in range(count)]
+    kind = ray.remote(Host).options(num_cpus=0, max_concurrency=1000)
+    hosts = [ray.remote(LearnerHost).options(num_cpus=0).remote(latencies, parameters)]
+    hosts += [kind.remote(latencies, parameters) for _ in range(count - 1)]
     ray.get([host.ready.remote() for host in hosts])
     return hosts
 
@@ -226,7 +239,10 @@ def make_driver(config: RunConfig, fleet: Fleet, clock: Clock) -> Driver:
 
 def simulated_fleet(hosts: Sequence[Any], rollouts: int, rewards: int) -> Fleet:
     """Workers of all kinds; the learner and the expert have a host to themselves, so that its clock is theirs."""
+    import ray
+
     learner, expert, *others = hosts
+    ray.get(learner.begin.remote())
     return Fleet(
         workers("Expert", 1, [expert]),
         workers("Rollout", rollouts, others),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cluster.run.fleet import Fault, Fleet, Reference, Stage, StuckError
-from cluster.run.recovery import Recovery
+from cluster.run.recovery import Recovery, RunError
 from cluster.run.start import join_ranks
 from cluster.run.watchdog import ALIVE_S
 from experts.state import RouterSnapshot
@@ -125,6 +125,8 @@ class Learning:
         what = f"update {self._kept.snapshot.version + 1}"
         results: list[UpdateResult] = await self.fleet.get_all(updates, what, stages=stages)
         snapshot = await self.fleet.get(router, "the new router", stages=[Stage.of(ranks[0], router)])
+        if snapshot.version != (expected := self._kept.snapshot.version + 1):
+            raise RunError(f"the learner published router {snapshot.version} after update {expected}")
         return results, Done(job, router, snapshot, moments)
 
     async def _arrive(self, done: Done) -> None:
