@@ -277,6 +277,7 @@ def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) 
         with init_empty_weights():
             whole = transformers.AutoModelForCausalLM.from_config(config)
         whole.tie_weights()
+        count = sum(parameter.numel() for parameter in whole.parameters())
         embedding = whole.get_input_embeddings()
         wanted = next(key for key, value in whole.named_parameters() if value is embedding.weight)
         tensor = _stored(path, wanted, tuple(embedding.weight.shape))
@@ -284,7 +285,6 @@ def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) 
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     embedding.weight = nn.Parameter(tensor.to(getattr(torch, dtype)), requires_grad=False)
-    count = sum(parameter.numel() for parameter in whole.parameters())
     return _frozen(path, name, EmbeddingsOnly(config, embedding, count), tokenizer, generation)
 
 

@@ -19,7 +19,7 @@ from cluster.run.checkpoint import read
 from tests.e2e.conftest import Runs
 
 pytestmark = pytest.mark.e2e
-KINDS = {"expert": "Expert", "rollout": "RolloutWorker", "reward": "AsyncScoringWorker", "learner": "LearnerActor"}
+KINDS = {"expert": "ExpertActor", "rollout": "RolloutActor", "reward": "AsyncScoringWorker", "learner": "LearnerActor"}
 DEADLINE_S = 240.0
 
 

@@ -73,10 +73,10 @@ class World:
     shape: RouterShape
 
     @classmethod
-    def of(cls, policy: Path, router: RouterConfig | None = None) -> World:
+    def of(cls, policy: Path, router: RouterConfig | None = None, **engine: Any) -> World:
         """A world around a saved policy."""
         router = router or router_config()
-        worker = RolloutWorker(PolicyConfig(model=str(policy)), str(policy), router, seed=3)
+        worker = RolloutWorker(PolicyConfig(model=str(policy), **engine), str(policy), router, seed=3)
         info = worker.info()
         names = ("left", "right")
         shape = RouterShape(names, WIDTHS, (-1, -1), names, info["width"], info["fingerprint"], info["embedding_rms"])
