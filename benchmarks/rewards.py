@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import tables
+from benchmarks.busy import Busy
 from cluster.run import actors
 from cluster.run.recipe import Recipe
 from cluster.run.scoring import AsyncScoringWorker
@@ -38,18 +39,7 @@ from rollout.types import Completion, Draws, FinishReason, Group, Prompt, Rollou
 CHEAP, EXPENSIVE = "chain_sum", "simple_integration"
 SAMPLES = 8
 ROUNDS = 3
-WORK_S, LIMIT_S, HANGS = 0.05, 0.5, 0.01
-
-
-class Busy:
-    """Computes for 50 ms, or hangs for as long as it may: a stand-in for answers that are run as code."""
-
-    def score(self, completion: str, prompt: Prompt) -> float:
-        """1."""
-        until = time.perf_counter() + (3600 if completion == "hang" else WORK_S)
-        while time.perf_counter() < until:
-            pass
-        return 1.0
+LIMIT_S, HANGS = 0.5, 0.01
 
 
 def entries_of(name: str, count: int) -> tuple[list[Prompt], Verifier]:

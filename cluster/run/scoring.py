@@ -67,10 +67,11 @@ class ScoringWorker:
     """A reward worker over rollouts."""
 
     def __init__(self, verifiers: Mapping[str, Verifier], config: RewardsConfig, index: int = 0) -> None:
+        self.index = index  # first: an error of what follows is reported with this worker's name
         self.worker = RewardWorker(verifiers, config, index)
 
     def __repr__(self) -> str:
-        return repr(self.worker)
+        return f"Reward({self.index})"
 
     def ready(self) -> bool:
         """Answers once the worker is built."""
