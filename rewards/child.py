@@ -2,19 +2,22 @@
 
 It imports no torch, so that a new one is ready soon after a kill.
 
-Messages.  First the pickled verifiers come in, and out goes "ready" or the reason why not.  Then per
-batch a list of (task, completion, prompt) comes in, and out goes one short message whenever scoring of
-a completion starts, with the verdict on the one before, and a last one with the verdict on the last.
+Messages.  First the pickled verifiers come in, and out goes "ready" or the reason why not.  Then per batch a list of
+(task, completion, prompt) comes in; verdicts go into memory that both processes see (`Board`), with the time at which
+scoring of a completion started, and one message says that the batch is done.  A message for every completion took
+several times as long as a cheap verifier.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import pickle
 import signal
 import struct
+import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from numbers import Real
@@ -25,25 +28,67 @@ from rollout.types import Prompt
 
 Item = tuple[str, str, Prompt]
 Verdict = tuple[float, float] | str  # the reward and the answer's own score, or why there is none
-READY = "ready"
-NOTHING_YET = "nothing yet"
-_NUMBERS = struct.Struct("<cdd")
+READY, DONE = "ready", "done"
+CAPACITY = 4096  # completions a batch
 _PR_SET_PDEATHSIG = 1
 _REASON_LENGTH = 300
 
 
-def main(descriptor: int, parent: int) -> None:
+class Board:
+    """Memory that the scoring process writes and its owner reads: who is at work since when, and the verdicts.
+
+    Numbers are here; the reasons of those without any come as messages.
+    """
+
+    _AT = struct.Struct("<qd")
+    _VERDICT = struct.Struct("<qdd")
+    _NONE, _NUMBERS, _REASON = range(3)
+    SIZE = _AT.size + CAPACITY * _VERDICT.size
+
+    def __init__(self, descriptor: int) -> None:
+        """descriptor: of a file in memory of `SIZE` bytes."""
+        self._memory = mmap.mmap(descriptor, self.SIZE)
+
+    def clear(self, count: int) -> None:
+        """A new batch of so many completions, none of which was looked at."""
+        self._memory[: self._AT.size] = self._AT.pack(-1, 0.0)
+        self._memory[self._AT.size : self._AT.size + count * self._VERDICT.size] = bytes(count * self._VERDICT.size)
+
+    def start(self, index: int) -> None:
+        """Scoring of a completion starts."""
+        self._AT.pack_into(self._memory, 0, index, time.monotonic())
+
+    def at(self) -> tuple[int, float]:
+        """The completion at work, -1 for none yet, and since when (`time.monotonic`)."""
+        index, since = self._AT.unpack_from(self._memory, 0)
+        return index, since
+
+    def put(self, index: int, verdict: Verdict) -> None:
+        """What came of a completion."""
+        state, numbers = (self._REASON, (0.0, 0.0)) if isinstance(verdict, str) else (self._NUMBERS, verdict)
+        self._VERDICT.pack_into(self._memory, self._AT.size + index * self._VERDICT.size, state, *numbers)
+
+    def get(self, index: int, reasons: Mapping[int, str]) -> Verdict | None:
+        """What came of a completion; None if nothing did."""
+        state, reward, answer = self._VERDICT.unpack_from(self._memory, self._AT.size + index * self._VERDICT.size)
+        if state == self._NUMBERS:
+            return reward, answer
+        return reasons.get(index) if state == self._REASON else None
+
+
+def main(descriptor: int, board: int, parent: int) -> None:
     """Score until the other end of the connection goes away.
 
     descriptor: of this process's end of the connection.
+    board: descriptor of the board's memory.
     parent: process id of whoever started this one.
     """
     _die_with(parent)
     connection: Connection[object, object] = Connection(descriptor)
     try:
         verifiers = _load(connection)
-        while verifiers is not None:
-            _score(connection, verifiers)
+        if verifiers is not None:
+            _score(connection, Board(board), verifiers)
     except (EOFError, ConnectionError):
         return
 
@@ -68,23 +113,16 @@ def _load(connection: Connection[object, object]) -> dict[str, Verifier] | None:
     return verifiers
 
 
-def _score(connection: Connection[object, object], verifiers: Mapping[str, Verifier]) -> None:
-    items: list[Item] = connection.recv()  # type: ignore[assignment]
-    verdict: Verdict = NOTHING_YET
-    for task, completion, prompt in items:
-        connection.send_bytes(pack(verdict))
-        verdict = _verdict(verifiers[task], completion, prompt)
-    connection.send_bytes(pack(verdict))
-
-
-def pack(verdict: Verdict) -> bytes:
-    """One message: two numbers, or the reason why there are none.  Pickling it would take longer than scoring."""
-    return verdict.encode() if isinstance(verdict, str) else _NUMBERS.pack(b"=", *verdict)
-
-
-def unpack(message: bytes) -> Verdict:
-    """What `pack` was given."""
-    return _NUMBERS.unpack(message)[1:] if message[:1] == b"=" else message.decode()
+def _score(connection: Connection[object, object], board: Board, verifiers: Mapping[str, Verifier]) -> None:
+    while True:
+        items: list[Item] = connection.recv()  # type: ignore[assignment]
+        for index, (task, completion, prompt) in enumerate(items):
+            board.start(index)
+            verdict = _verdict(verifiers[task], completion, prompt)
+            if isinstance(verdict, str):
+                connection.send((index, verdict))
+            board.put(index, verdict)
+        connection.send(DONE)
 
 
 def _verdict(verifier: Verifier, completion: str, prompt: Prompt) -> Verdict:

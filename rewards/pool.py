@@ -9,16 +9,18 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Pipe
 
-from rewards.child import READY, Item, Verdict, unpack
+from rewards.child import CAPACITY, DONE, READY, Board, Item, Verdict
 from rewards.verify import RewardsError, Verifier
 from rollout.types import RewardStatus, Score
 
 LATE_IN_A_ROW = 3
 NOT_ASKED = f"{LATE_IN_A_ROW} times in a row: not asked again"
+SETTLE_MS = 5
 START_S = 180.0  # a cold import of a large verifier library on a loaded machine stays well below this
 
 
@@ -65,7 +67,7 @@ class ScoringProcess:
         late: Counter[str] = Counter()
         idle_deaths = 0
         while waiting:
-            answered = self._score_until_restart([items[i] for i in waiting])
+            answered = self._score_until_restart([items[i] for i in waiting[:CAPACITY]])
             idle_deaths = 0 if answered else idle_deaths + 1
             if idle_deaths > 1:
                 raise RewardsError(
@@ -96,26 +98,59 @@ class ScoringProcess:
 
         None at all when the process was gone before it started on the first one.
         """
-        scores: list[Score] = []
-        started = False
+        self._board.clear(len(items))
+        reasons: dict[int, str] = {}
+        began = time.monotonic()
         try:
             self._connection.send(list(items))
-            while len(scores) < len(items):
-                # The first announcement also waits for the batch to be read, which is no verifier's fault.
-                if not self._poller.poll(1000 * (self._timeout_s if started else START_S)):
+            while not self._is_done(reasons):
+                index, since = self._board.at()
+                # Before the first one the batch is still being read, which is no verifier's fault.
+                limit, since = (START_S, began) if index < 0 else (self._timeout_s, since)
+                left = since + limit - time.monotonic()
+                if left > 0:
+                    # Nobody says when the first one starts: it cannot be late before its limit has passed once.
+                    self._poller.poll(1000 * min(left, self._timeout_s) + 1)
+                elif self._is_stuck_at(index, reasons):
+                    finished = self._scores(index, reasons)
                     self._restart()
                     late = _masked(RewardStatus.TIMEOUT, f"no verdict within {self._timeout_s:g} s")
-                    return [*scores, late] if started else []
-                verdict = unpack(self._connection.recv_bytes())
-                if started:
-                    scores.append(_score(verdict))
-                started = True
+                    return [*finished, late] if index >= 0 else []
         except (EOFError, ConnectionError):
             self.close()  # an exit under way keeps its code
             reason = f"the verifier ended its process (exit code {self._process.returncode})"
+            index = self._board.at()[0]
+            finished = self._scores(index + 1, reasons)
             self._start()
-            if started:
-                scores.append(_masked(RewardStatus.ERROR, reason))
+            return finished if len(finished) > index else [*finished, _masked(RewardStatus.ERROR, reason)]
+        return self._scores(len(items), reasons)
+
+    def _is_done(self, reasons: dict[int, str]) -> bool:
+        """Takes the messages that are there; whether the last one was among them."""
+        while self._poller.poll(0):
+            message = self._connection.recv()
+            if message == DONE:
+                return True
+            reasons[message[0]] = message[1]
+        return False
+
+    def _is_stuck_at(self, index: int, reasons: dict[int, str]) -> bool:
+        """Whether that completion is really late: its number and its start are not written in one stroke."""
+        since = self._board.at()[1]
+        self._poller.poll(SETTLE_MS)
+        return self._board.at() == (index, since) and self._board.get(max(index, 0), reasons) is None
+
+    def _scores(self, count: int, reasons: dict[int, str]) -> list[Score]:
+        """Of the first so many items, as far as they have one; equal scores are one object."""
+        known: dict[Verdict, Score] = {}
+        scores = []
+        for index in range(count):
+            verdict = self._board.get(index, reasons)
+            if verdict is None:
+                break
+            if verdict not in known:
+                known[verdict] = _score(verdict)
+            scores.append(known[verdict])
         return scores
 
     def _restart(self) -> None:
@@ -126,15 +161,19 @@ class ScoringProcess:
         """Start a process and wait until it has loaded the verifiers."""
         # Not multiprocessing: its `spawn` runs the caller's main module again, which under Ray is Ray's own worker.
         self._connection, theirs = Pipe()
+        memory = os.memfd_create("verdicts")
+        os.ftruncate(memory, Board.SIZE)
+        self._board = Board(memory)
         paths = [os.path.abspath(path) for path in sys.path]
         call = f"import sys; sys.path[:] = {paths!r}; from rewards.child import main"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"{call}; main({theirs.fileno()}, {os.getpid()})"],
+            [sys.executable, "-c", f"{call}; main({theirs.fileno()}, {memory}, {os.getpid()})"],
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), memory],
             start_new_session=True,  # so that a kill takes along what a verifier has started
         )
         theirs.close()
+        os.close(memory)
         self._poller = select.poll()  # Connection.poll would set up a new one for every completion
         self._poller.register(self._connection, select.POLLIN)
         self.restarts += 1

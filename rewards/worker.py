@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from rewards.pool import NOT_ASKED, ScoringProcess
 from rewards.verifiers import WeightedSum
 from rewards.verify import RewardsError, Verifier
 from rollout.types import Group, Prompt, RewardStatus, Score
+
+Answers = Sequence[tuple[Prompt, Sequence[str]]]
 
 
 class RewardWorker:
@@ -54,7 +57,7 @@ class RewardWorker:
 
     async def score(self, groups: list[Group]) -> list[Group]:
         """The groups, in order, with one score per completion; see `score_groups`."""
-        return await asyncio.wrap_future(self._threads.submit(self._score, groups))
+        return _scored(groups, await self.score_answers_async(_answers(groups)))
 
     def score_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The groups, in order, with one score per completion.
@@ -65,7 +68,15 @@ class RewardWorker:
         Raises:
             RewardsError: a group's task has no verifier here, or scoring cannot go on.
         """
-        return self._threads.submit(self._score, groups).result()
+        return _scored(groups, self.score_answers(_answers(groups)))
+
+    def score_answers(self, answers: Answers) -> list[list[Score]]:
+        """One score for each of several answers to each prompt; see `score_groups`."""
+        return self._threads.submit(self._score, answers).result()
+
+    async def score_answers_async(self, answers: Answers) -> list[list[Score]]:
+        """See `score_answers`."""
+        return await asyncio.wrap_future(self._threads.submit(self._score, answers))
 
     def score_texts(self, answers: Sequence[tuple[Prompt, str]]) -> list[Score]:
         """One score per (prompt, answer), for answers that belong to no group; see `score_groups`."""
@@ -92,20 +103,27 @@ class RewardWorker:
     def __repr__(self) -> str:
         return f"Reward({self._index})"
 
-    def _score(self, groups: Sequence[Group]) -> list[Group]:
-        for group in groups:
-            if group.prompt.task not in self._tasks:
-                raise RewardsError(f"no verifier for task {group.prompt.task!r}; there are {sorted(self._tasks)}")
+    def _score(self, answers: Answers) -> list[list[Score]]:
+        for prompt, _ in answers:
+            if prompt.task not in self._tasks:
+                raise RewardsError(f"no verifier for task {prompt.task!r}; there are {sorted(self._tasks)}")
         # Equal answers to a prompt are judged once.
-        items = {(n, c.text): (g.prompt.task, c.text, g.prompt) for n, g in enumerate(groups) for c in g.completions}
-        verdicts = self._process().score(list(items.values()))
-        scores = {key: self._mapped(v, item[0]) for (key, item), v in zip(items.items(), verdicts, strict=True)}
-        scored = [g.scored(tuple(scores[n, c.text] for c in g.completions)) for n, g in enumerate(groups)]
+        items = [(prompt.task, text, prompt) for prompt, texts in answers for text in dict.fromkeys(texts)]
+        verdicts = iter(zip(items, self._process().score(items), strict=True))
+        known: dict[tuple[str, int], Score] = {}  # equal verdicts are one object
+        scores = []
+        for _, texts in answers:
+            mine: dict[str, Score] = {}
+            for (task, text, _), verdict in itertools.islice(verdicts, len(set(texts))):
+                if (task, id(verdict)) not in known:
+                    known[task, id(verdict)] = self._mapped(verdict, task)
+                mine[text] = known[task, id(verdict)]
+            scores.append([mine[text] for text in texts])
         with self._counting:
-            for group in scored:
-                self._scored[group.prompt.task] += len(group.scores)
-                self._masked[group.prompt.task] += sum(score.status is not RewardStatus.OK for score in group.scores)
-        return scored
+            for (prompt, _), given in zip(answers, scores, strict=True):
+                self._scored[prompt.task] += len(given)
+                self._masked[prompt.task] += sum(score.status is not RewardStatus.OK for score in given)
+        return scores
 
     def _process(self) -> ScoringProcess:
         """This thread's own."""
@@ -126,3 +144,11 @@ class RewardWorker:
             return score
         binary = float(score.reward >= self._config.binary_at)
         return replace(score, reward=binary, answer=binary)
+
+
+def _answers(groups: Sequence[Group]) -> Answers:
+    return [(group.prompt, [completion.text for completion in group.completions]) for group in groups]
+
+
+def _scored(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[Group]:
+    return [group.scored(tuple(mine)) for group, mine in zip(groups, scores, strict=True)]

@@ -177,23 +177,115 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """What bookkeeping needs of a group.
+
+    truncated: completions that the length limit cut.  attention: as the group's.  bytes: of its arrays.
+    """
+
+    ordinal: int
+    task: str
+    version: int
+    truncated: int
+    prefix_rms_ratio: float
+    attention: np.ndarray
+    bytes: int
+
+
 class Rollout:
     """Groups of some prompts, with what it cost to make them.
+
+    On the wire it is a few flat arrays: as single objects, pickling took longer than scoring.  One that came over the
+    wire becomes objects only when its groups are asked for; a reward worker needs no more than the texts.
 
     tokens: completion tokens sampled.  hits, misses: of the experts' feature caches.
     seconds, encode_s: wall-clock time in the rollout worker, and in the slowest expert.
     """
 
-    groups: tuple[Group, ...]
-    tokens: int
-    hits: int
-    misses: int
-    seconds: float
-    encode_s: float
+    __slots__ = ("_groups", "_wire", "encode_s", "hits", "misses", "seconds", "tokens")
+
+    def __init__(
+        self, groups: tuple[Group, ...], tokens: int, hits: int, misses: int, seconds: float, encode_s: float
+    ) -> None:
+        self._groups: tuple[Group, ...] | None = groups
+        self._wire: tuple[Any, ...] = ()
+        self.tokens, self.hits, self.misses, self.seconds, self.encode_s = tokens, hits, misses, seconds, encode_s
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """On the wire a rollout is a few flat arrays: as single objects, pickling took longer than scoring."""
-        return _unpack, (_pack(self.groups), self.tokens, self.hits, self.misses, self.seconds, self.encode_s)
+        return _from_wire, (self._wire or _pack(self.groups), *self._cost())
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups as objects."""
+        if self._groups is None:
+            self._groups = _unpack(self._wire)
+        return self._groups
+
+    def with_groups(self, groups: Sequence[Group]) -> Rollout:
+        """The same rollout with other groups."""
+        return Rollout(tuple(groups), *self._cost())
+
+    def scored(self, scores: Sequence[Sequence[Score]]) -> Rollout:
+        """The same rollout with its verifiers' verdicts, one list a group."""
+        if self._groups is not None:
+            return self.with_groups([g.scored(tuple(mine)) for g, mine in zip(self._groups, scores, strict=True)])
+        for (ordinal, *_), (count, _), mine in zip(self._wire[0], self._wire[4], scores, strict=True):
+            if len(mine) != count:
+                raise ValueError(f"prompt {ordinal}: {len(mine)} scores for {count} completions")
+        counts = [(count, count) for count, _ in self._wire[4]]
+        return _from_wire((*self._wire[:4], counts, *self._wire[5:14], *_pack_scores(scores)), *self._cost())
+
+    def answers(self) -> list[tuple[Prompt, list[str]]]:
+        """Every group's prompt and the texts of its completions."""
+        if self._groups is not None:
+            return [(group.prompt, [c.text for c in group.completions]) for group in self._groups]
+        prompts, _, _, _, counts, *_ = self._wire
+        texts, said = self._wire[11], iter(self._wire[13])
+        return [
+            (_prompt(prompt), [texts[place] for place in itertools.islice(said, count)])
+            for prompt, (count, _) in zip(prompts, counts, strict=True)
+        ]
+
+    def facts(self) -> list[GroupFacts]:
+        """What bookkeeping needs of every group."""
+        if self._groups is not None:
+            return [_facts(group) for group in self._groups]
+        prompts, _, routers, prefixes, counts, prompt_tokens, _, _, attentions, tokens, *_ = self._wire
+        cut, said = [finish == FinishReason.LENGTH.value for finish in self._wire[12]], iter(self._wire[13])
+        sizes = [shape[0] * _BYTES_A_TOKEN for shape in tokens[1]]
+        columns = zip(prompts, routers, prefixes, counts, prompt_tokens[1], _cut(attentions), strict=True)
+        found = []
+        for (ordinal, task, *_), (version, *_), (_, ratio, _), (count, _), shape, attention in columns:
+            mine = list(itertools.islice(said, count))
+            size = 8 * shape[0] + sum(sizes[place] for place in set(mine))
+            found.append(GroupFacts(ordinal, task, version, sum(cut[p] for p in mine), ratio, attention, size))
+        return found
+
+    def _cost(self) -> tuple[Any, ...]:
+        return self.tokens, self.hits, self.misses, self.seconds, self.encode_s
+
+
+_BYTES_A_TOKEN = 12  # an id and a log-probability
+
+
+def _from_wire(wire: tuple[Any, ...], *cost: Any) -> Rollout:
+    rollout = Rollout((), *cost)
+    rollout._groups, rollout._wire = None, wire
+    return rollout
+
+
+def _facts(group: Group) -> GroupFacts:
+    distinct, _ = distinct_objects(group.completions)
+    return GroupFacts(
+        group.ordinal,
+        group.prompt.task,
+        group.router.version,
+        sum(completion.finish is FinishReason.LENGTH for completion in group.completions),
+        group.prefix_rms_ratio,
+        group.attention,
+        group.prompt_tokens.nbytes
+        + sum(completion.tokens.nbytes + completion.logprobs.nbytes for completion in distinct),
+    )
 
 
 Ragged = tuple[np.ndarray, list[tuple[int, ...]]]
@@ -215,7 +307,6 @@ def _cut(ragged: Ragged) -> Iterator[np.ndarray]:
 
 def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
     completions, said = distinct_objects([completion for group in groups for completion in group.completions])
-    scores, scored = distinct_objects([score for group in groups for score in group.scores])
     return (
         [(g.prompt.ordinal, g.prompt.task, g.prompt.messages, g.prompt.answer, g.prompt.payload) for g in groups],
         [(g.sampling.temperature, g.sampling.max_new_tokens, g.sampling.samples) for g in groups],
@@ -231,9 +322,18 @@ def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
         [c.text for c in completions],
         [c.finish.value for c in completions],
         said,
-        [(s.reward, s.status.value, s.reason, s.answer) for s in scores],
-        scored,
+        *_pack_scores([group.scores for group in groups]),
     )
+
+
+def _pack_scores(scores: Sequence[Sequence[Score]]) -> tuple[list[Any], list[int]]:
+    distinct, places = distinct_objects([score for mine in scores for score in mine])
+    return [(s.reward, s.status.value, s.reason, s.answer) for s in distinct], places
+
+
+def _prompt(packed: tuple[Any, ...]) -> Prompt:
+    ordinal, task, messages, answer, payload = packed
+    return Prompt(ordinal=ordinal, task=task, messages=messages, answer=answer, payload=payload)
 
 
 def distinct_objects(objects: Sequence[T]) -> tuple[list[T], list[int]]:
@@ -245,7 +345,7 @@ def distinct_objects(objects: Sequence[T]) -> tuple[list[T], list[int]]:
     return once, [places[id(item)] for item in objects]
 
 
-def _unpack(packed: tuple[Any, ...], *cost: Any) -> Rollout:
+def _unpack(packed: tuple[Any, ...]) -> tuple[Group, ...]:
     prompts, samplings, routers, prefixes, counts, *rest = packed
     tokenised, masks, sketches, attentions, tokens, logprobs, texts, finishes, said, verdicts, scored = rest
     distinct = [
@@ -256,9 +356,9 @@ def _unpack(packed: tuple[Any, ...], *cost: Any) -> Rollout:
     completions, scores = (distinct[i] for i in said), (judged[i] for i in scored)
     columns = zip(prompts, samplings, routers, prefixes, counts, strict=True)
     arrays = zip(_cut(tokenised), _cut(masks), _cut(sketches), _cut(attentions), strict=True)
-    groups = tuple(
+    return tuple(
         Group(
-            prompt=Prompt(ordinal=prompt[0], task=prompt[1], messages=prompt[2], answer=prompt[3], payload=prompt[4]),
+            prompt=_prompt(prompt),
             prompt_tokens=prompt_tokens,
             completions=tuple(itertools.islice(completions, count)),
             sampling=Sampling(temperature=sampling[0], max_new_tokens=sampling[1], samples=sampling[2]),
@@ -275,4 +375,3 @@ def _unpack(packed: tuple[Any, ...], *cost: Any) -> Rollout:
             columns, arrays, strict=True
         )
     )
-    return Rollout(groups, *cost)

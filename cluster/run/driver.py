@@ -89,7 +89,9 @@ class Driver:
             return
         rollout = Rollout(tuple(finished), tokens=0, hits=0, misses=0, seconds=0.0, encode_s=0.0)
         features = [stage.reference for stage in self.fleet.encode([group.prompt for group in finished])]
-        wave = Wave(self.fleet.backend.put(rollout), features, wave_report(rollout, finished, 0.0))
+        wave = Wave(
+            self.fleet.backend.put(rollout), features, wave_report(rollout, [group.scores for group in finished], 0.0)
+        )
         self._waves.update(dict.fromkeys((group.ordinal for group in finished), wave))
 
     # Rollouts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from rewards.config import RewardsConfig
 from rewards.verify import Verifier
 from rewards.worker import RewardWorker
-from rollout.types import FinishReason, Group, Prompt, RewardStatus, Rollout, Score, distinct_objects
+from rollout.types import GroupFacts, Prompt, RewardStatus, Rollout, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,12 @@ class ScoringWorker:
     def score(self, rollout: Rollout) -> tuple[Rollout, WaveReport]:
         """The rollout with its groups scored, and a report on it."""
         start = time.perf_counter()
-        return self._finished(rollout, self.worker.score_groups(rollout.groups), start)
+        return self._finished(rollout, self.worker.score_answers(rollout.answers()), start)
 
-    def _finished(self, rollout: Rollout, groups: Sequence[Group], start: float) -> tuple[Rollout, WaveReport]:
-        seconds = time.perf_counter() - start
-        return replace(rollout, groups=tuple(groups)), wave_report(rollout, groups, seconds)
+    def _finished(
+        self, rollout: Rollout, scores: Sequence[Sequence[Score]], start: float
+    ) -> tuple[Rollout, WaveReport]:
+        return rollout.scored(scores), wave_report(rollout, scores, time.perf_counter() - start)
 
     def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:
         """Scores of answers that did not come from the policy (experts' own, in evaluation)."""
@@ -104,18 +105,18 @@ class AsyncScoringWorker(ScoringWorker):
     async def score(self, rollout: Rollout) -> tuple[Rollout, WaveReport]:  # type: ignore[override]
         """See `ScoringWorker.score`."""
         start = time.perf_counter()
-        groups = await self.worker.score(list(rollout.groups))
-        return self._finished(rollout, groups, start)
+        scores = await self.worker.score_answers_async(rollout.answers())
+        return self._finished(rollout, scores, start)
 
     async def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:  # type: ignore[override]
         """See `ScoringWorker.score_texts`."""
         return super().score_texts(prompts, texts)
 
 
-def wave_report(rollout: Rollout, groups: Sequence[Group], reward_s: float) -> WaveReport:
+def wave_report(rollout: Rollout, scores: Sequence[Sequence[Score]], reward_s: float) -> WaveReport:
     """The driver's view of scored groups."""
     return WaveReport(
-        groups=tuple(_group_report(group) for group in groups),
+        groups=tuple(_group_report(facts, mine) for facts, mine in zip(rollout.facts(), scores, strict=True)),
         tokens=rollout.tokens,
         hits=rollout.hits,
         misses=rollout.misses,
@@ -125,21 +126,20 @@ def wave_report(rollout: Rollout, groups: Sequence[Group], reward_s: float) -> W
     )
 
 
-def _group_report(group: Group) -> GroupReport:
-    attention = group.attention
-    distinct, _ = distinct_objects(group.completions)
+def _group_report(facts: GroupFacts, scores: Sequence[Score]) -> GroupReport:
+    attention = facts.attention
     entropy = -(attention * np.log(np.maximum(attention, 1e-12))).sum(axis=-1)
     return GroupReport(
-        ordinal=group.ordinal,
-        task=group.prompt.task,
-        version=group.router.version,
-        rewards=tuple(score.reward for score in group.scores),
-        right=tuple(score.right for score in group.scores),
-        statuses=tuple(score.status for score in group.scores),
-        truncated=sum(completion.finish is FinishReason.LENGTH for completion in group.completions),
-        prefix_rms_ratio=group.prefix_rms_ratio,
+        ordinal=facts.ordinal,
+        task=facts.task,
+        version=facts.version,
+        rewards=tuple([score.reward for score in scores]),
+        right=tuple([score.right for score in scores]),
+        statuses=tuple([score.status for score in scores]),
+        truncated=facts.truncated,
+        prefix_rms_ratio=facts.prefix_rms_ratio,
         attention=tuple(attention.mean(axis=0).tolist()) if attention.size else (),
         entropy=float(entropy.mean()) if attention.size else 0.0,
-        bytes=group.prompt_tokens.nbytes + sum(c.tokens.nbytes + c.logprobs.nbytes for c in distinct),
-        reason=next((score.reason for score in group.scores if score.status is not RewardStatus.OK), ""),
+        bytes=facts.bytes,
+        reason=next((score.reason for score in scores if score.status is not RewardStatus.OK), ""),
     )

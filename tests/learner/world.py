@@ -108,7 +108,7 @@ class World:
         """Groups of up to six tokens a completion, all lengths from 1 to 6 among them."""
         sampling = Sampling(temperature=temperature, max_new_tokens=6, samples=samples)
         rollout = self.worker.generate(some, sampling, router, *encode(some))
-        return replace(rollout, groups=tuple(_uneven(group) for group in rollout.groups))
+        return rollout.with_groups([_uneven(group) for group in rollout.groups])
 
     def scored(
         self, some: Sequence[Prompt], router: RouterSnapshot, scores: Scores | None = None, **how: Any
@@ -116,7 +116,7 @@ class World:
         """Rolled and scored; None in `scores` is a verifier that timed out."""
         rollout = self.roll(some, router, **how)
         rows = scores or [made_up_scores(g.ordinal, len(g.completions)) for g in rollout.groups]
-        return replace(rollout, groups=tuple(score(g, row) for g, row in zip(rollout.groups, rows, strict=True)))
+        return rollout.with_groups([score(g, row) for g, row in zip(rollout.groups, rows, strict=True)])
 
 
 def made_up_scores(ordinal: int, samples: int) -> list[float]:

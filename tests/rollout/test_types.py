@@ -6,6 +6,7 @@ import pickle
 from dataclasses import fields, is_dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,11 +68,58 @@ def groups(draw: st.DrawFn) -> Group:
     )  # fmt: skip
 
 
+def rollout_of(made: list[Group]) -> Rollout:
+    """With some costs."""
+    return Rollout(tuple(made), tokens=7, hits=1, misses=2, seconds=0.5, encode_s=0.1)
+
+
+def sent(rollout: Rollout) -> Rollout:
+    """After the wire."""
+    return pickle.loads(pickle.dumps(rollout))
+
+
+def costs(rollout: Rollout) -> tuple[float, ...]:
+    """What it cost to make."""
+    return rollout.tokens, rollout.hits, rollout.misses, rollout.seconds, rollout.encode_s
+
+
 @given(st.lists(groups(), max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_a_rollout_is_the_same_after_the_wire(made: list[Group]) -> None:
-    rollout = Rollout(tuple(made), tokens=7, hits=1, misses=2, seconds=0.5, encode_s=0.1)
+    rollout = rollout_of(made)
     buffers: list[pickle.PickleBuffer] = []
     wire = pickle.dumps(rollout, protocol=5, buffer_callback=buffers.append)
-    assert same(pickle.loads(wire, buffers=buffers), rollout)
+    there = pickle.loads(wire, buffers=buffers)
+    for found in (there, sent(there), sent(sent(rollout))):
+        assert same(found.groups, rollout.groups) and costs(found) == costs(rollout)
     assert len(buffers) <= 6, "every array of every completion travels by itself"
+
+
+@given(st.lists(groups(), max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_what_came_over_the_wire_is_read_and_scored_without_unpacking_as_objects_are(made: list[Group]) -> None:
+    rollout = rollout_of(made)
+    there = sent(rollout)
+    assert there.answers() == [(g.prompt, [c.text for c in g.completions]) for g in made] == rollout.answers()
+    assert same(tuple(there.facts()), tuple(rollout.facts()))
+    scores = [[Score(reward=i + g.ordinal, reason=c.text) for i, c in enumerate(g.completions)] for g in made]
+    judged = there.scored(scores)
+    assert there._groups is None and judged._groups is None, "unpacked on the way"
+    assert same(sent(judged).groups, rollout.scored(scores).groups) and costs(judged) == costs(rollout)
+    assert same(there.groups, rollout.groups), "scoring changed what was there"
+
+
+def test_a_wrong_number_of_scores_is_refused_on_both_sides_of_the_wire() -> None:
+    completion = Completion(
+        tokens=np.zeros(1, np.int64), logprobs=np.zeros(1, np.float32), text="", finish=FinishReason.STOP
+    )
+    group = Group(
+        prompt=Prompt(ordinal=5, task="t", messages=(), answer=""), prompt_tokens=np.zeros(1, np.int64),
+        completions=(completion, completion), sampling=Sampling(temperature=1.0, max_new_tokens=1, samples=2),
+        router=RouterStamp(version=0, incarnation=0, checksum=""), draws=Draws(expert_mask=np.ones(1, bool)),
+        prefix_hash="", prefix_sketch=np.zeros(0, np.float32), prefix_rms_ratio=0.0, feature_keys=(),
+        attention=np.zeros((0, 0), np.float32),
+    )  # fmt: skip
+    for rollout in (rollout_of([group]), sent(rollout_of([group]))):
+        with pytest.raises(ValueError, match="prompt 5: 1 scores for 2 completions"):
+            rollout.scored([[Score(reward=1.0)]])
