@@ -255,6 +255,7 @@ RESUMABLE = (
     "rewards.workers",
     "rewards.processes",
     "rewards.timeout_s",
+    "rewards.memory_mb",
     "learner.ranks",
     "learner.zero_stage",
     "learner.microbatch_tokens",

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import pickle
+import resource
 import signal
 import struct
 import time
@@ -76,18 +77,20 @@ class Board:
         return reasons.get(index) if state == self._REASON else None
 
 
-def main(descriptor: int, board: int, parent: int) -> None:
+def main(descriptor: int, board: int, parent: int, memory: int) -> None:
     """Score until the other end of the connection goes away.
 
     descriptor: of this process's end of the connection.
     board: descriptor of the board's memory.
     parent: process id of whoever started this one.
+    memory: bytes that scoring may take beside what is there when the verifiers are loaded.
     """
     _die_with(parent)
     connection: Connection[object, object] = Connection(descriptor)
     try:
         verifiers = _load(connection)
         if verifiers is not None:
+            _limit_memory(memory)
             _score(connection, Board(board), verifiers)
     except (EOFError, ConnectionError):
         return
@@ -100,6 +103,13 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit("the process that started scoring is gone")
+
+
+def _limit_memory(extra: int) -> None:
+    """A verifier that eats memory fails by itself, before the machine does."""
+    with open("/proc/self/status") as status:
+        held = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (held + extra, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _load(connection: Connection[object, object]) -> dict[str, Verifier] | None:

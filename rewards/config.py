@@ -218,6 +218,8 @@ class RewardsConfig(BaseModel):
     binary_at: when set, a score of at least this counts as 1 and anything less as 0.
     timeout_s: limit for scoring ONE completion; past it the verifier's process is killed and the
         completion is masked, never scored zero.
+    memory_mb: what a verifier may take beside its own data and what it has imported; past it Python raises MemoryError
+        in it, and the completion is masked.
     on_timeout: `mask` leaves a completion that got no verdict in time out of the loss; `zero` scores it 0, for tasks
         whose answers make the verifier slow on purpose.  A verifier that fails masks in any case.
     masked_limit: a run stops, naming the verifier, when a task's share of masked completions is above
@@ -229,5 +231,6 @@ class RewardsConfig(BaseModel):
     processes: int = Field(2, ge=1)
     binary_at: float | None = 0.99
     timeout_s: float = Field(10.0, gt=0.0)
+    memory_mb: float = Field(4096.0, gt=0.0)
     on_timeout: Literal["mask", "zero"] = "mask"
     masked_limit: float = Field(0.2, gt=0.0, le=1.0)

@@ -31,10 +31,11 @@ class ScoringProcess:
     call it from one lasting thread.
     """
 
-    def __init__(self, verifiers: Mapping[str, Verifier], timeout_s: float) -> None:
+    def __init__(self, verifiers: Mapping[str, Verifier], timeout_s: float, memory_mb: float) -> None:
         """verifiers: by task name, importable where a new Python with this one's `sys.path` starts.
 
         timeout_s: limit for one completion, in seconds, from the moment its scoring starts.
+        memory_mb: that scoring may take, beside what the process holds when it is ready.
 
         Raises:
             RewardsError: when the verifiers cannot be pickled or loaded in the new process.
@@ -44,7 +45,7 @@ class ScoringProcess:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise RewardsError(f"the verifiers of {list(verifiers)} cannot be pickled: {error}") from error
         self._names = list(verifiers)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._memory = timeout_s, int(memory_mb * 2**20)
         self.restarts = -1
         self._start()
 
@@ -167,7 +168,7 @@ class ScoringProcess:
         paths = [os.path.abspath(path) for path in sys.path]
         call = f"import sys; sys.path[:] = {paths!r}; from rewards.child import main"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"{call}; main({theirs.fileno()}, {memory}, {os.getpid()})"],
+            [sys.executable, "-c", f"{call}; main({theirs.fileno()}, {memory}, {os.getpid()}, {self._memory})"],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno(), memory],
             start_new_session=True,  # so that a kill takes along what a verifier has started

@@ -128,7 +128,7 @@ class RewardWorker:
     def _process(self) -> ScoringProcess:
         """This thread's own."""
         if not hasattr(self._of_thread, "process"):
-            self._of_thread.process = ScoringProcess(self._verifiers, self._config.timeout_s)
+            self._of_thread.process = ScoringProcess(self._verifiers, self._config.timeout_s, self._config.memory_mb)
             self._processes.append(self._of_thread.process)
         return self._of_thread.process
 

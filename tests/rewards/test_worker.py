@@ -45,7 +45,7 @@ def a_group(*texts: str, task: str = "task", ordinal: int = 0, answer: str = "2"
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[RewardWorker]:
-    config = RewardsConfig(binary_at=None, timeout_s=LIMIT_S)
+    config = RewardsConfig(binary_at=None, timeout_s=LIMIT_S, memory_mb=256)
     made = RewardWorker({"task": Obedient(), "exact": ExactInteger()}, config, index=3)
     yield made
     made.close()
@@ -123,6 +123,8 @@ def test_the_limit_is_for_one_completion_not_for_the_batch(worker: RewardWorker)
         ("none", "returned None"),
         ("huge", "OverflowError"),
         ("exit", "SystemExit: 3"),
+        ("eat 100000", "MemoryError"),
+        ("eat 300", "MemoryError"),
         ("die 7", "the verifier ended its process (exit code 7)"),
         ("die 0", "the verifier ended its process (exit code 0)"),
     ],

@@ -27,6 +27,8 @@ class Obedient:
             return 1.0
         if command == "regex":  # catastrophic backtracking: never gives up the interpreter
             return float(bool(re.fullmatch(r"(a+)+b", "a" * 60)))
+        if command == "eat":
+            return float(len(bytearray(int(argument) * 2**20)) > 0)
         if command == "raise":
             raise LookupError(argument)
         if command == "exit":
