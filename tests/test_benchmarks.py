@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from benchmarks import memory, step, tables
+from benchmarks import engines, memory, step, tables
 from benchmarks.job import Job
+from tests.models import make
 
 
 def made_up(system: str, *seconds: float) -> dict:
@@ -92,3 +97,29 @@ def test_the_file_is_named_after_day_and_device() -> None:
 )
 def test_processes_are_named_by_what_they_do(command: list[str], expected: str) -> None:
     assert memory.label(command, "name") == expected
+
+
+def test_a_whole_step_at_a_tiny_shape_needs_neither_ray_nor_vllm(tmp_path: Path) -> None:
+    """What `benchmarks.gpu_step` does on a GPU, small enough for here."""
+    code = (
+        "import sys; from benchmarks.gpu_step import main; "
+        f"status = main(['--shape', 'tiny', '--device', 'cpu', '--results', {str(tmp_path)!r}]); "
+        "assert not {'ray', 'vllm'} & set(sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.glob("gpu-step-tiny-*.json")
+    found = json.loads(written.read_text())
+    assert set(found["seconds"]) == {"encode", "rollout", "learner", "step"}
+    assert all(share["of_matrix_rate"] > 0 for share in found["shares"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_engines_are_compared_on_a_small_model(tmp_path: Path) -> None:
+    model = make(tmp_path / "model", "qwen2", width=128)
+    size = ["--prompts", "2", "--prompt-tokens", "8", "--samples", "2", "--new-tokens", "4"]
+    assert engines.main(["--model", str(model), "--results", str(tmp_path / "results"), *size]) == 0
+    (written,) = (tmp_path / "results").glob("engines-*.json")
+    found = json.loads(written.read_text())["models"]["model"]
+    assert found["vllm"]["tokens_per_second"] > 0 and found["transformers"]["start_s"] > 0

@@ -13,6 +13,8 @@ PROCESS_ENVIRONMENT = {
     # Large blocks of memory come in large pages: about a tenth less time a step on CPU.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "TOKENIZERS_PARALLELISM": "false",
+    # A dead worker fails several references of a call; one of them is waited for, and tells.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     # Loading bars of worker processes would garble the display.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
