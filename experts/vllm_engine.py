@@ -34,7 +34,7 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # Workers share the cores of a machine: bound to the same ones they would wait for each other.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -84,6 +84,6 @@ def test_more_than_the_cluster_has_is_refused(cluster: None, tmp_path: Path) -> 
     made = config(make(tmp_path / "model", "qwen2", width=128), replicas=4)
     with pytest.raises(ConfigError, match=r"ask for 9 GPUs .* and the cluster has 8"):
         placement.check(placement.needs(made, model_facts(made)), gpu_nodes(None))
-    with pytest.raises(ConfigError, match=r"policy: Rollout needs .* raise policy.gpus"):
+    with pytest.raises(ConfigError, match=r"experts.0: Expert\(e0\) needs .* raise experts.0.gpus"):
         made = config(make(tmp_path / "other", "qwen2", width=128))
         placement.check(placement.needs(made, model_facts(made)), gpu_nodes(0.5))

@@ -12,9 +12,8 @@ import psutil
 import pytest
 import torch
 
-from experts.config import EngineConfig
 from experts.loading import load_frozen
-from experts.vllm_engine import EngineDiedError, VllmEngine
+from experts.vllm_engine import EngineDiedError
 from learner.logprobs import completion_logprobs
 from rollout.engine import Request, TransformersEngine
 from rollout.sequence import lay_out_completions, lay_out_prompts
@@ -160,20 +159,15 @@ def test_calls_from_several_threads_are_batched_and_each_gets_its_own(world: Wor
     assert [found[seed] for seed in range(4)] == alone
 
 
-def test_an_engine_that_dies_is_noticed_within_seconds_and_answers_nothing_more(folders: dict[str, Path]) -> None:
-    world_of = {process.pid for process in engine_processes()}
-    noticed = threading.Event()
-    config = EngineConfig(model=str(folders["qwen2"]), **ENGINE)
-    engine = VllmEngine(str(folders["qwen2"]), config, "generate", threads=1, on_death=noticed.set)
-    try:
-        assert engine.generate([[5, 6, 7]], 1, 0.0, 2, [], None)
-        for process in engine_processes():
-            if process.pid not in world_of:
-                process.kill()
-        assert noticed.wait(timeout=30)
-        with pytest.raises(EngineDiedError, match="is gone"):
-            engine.generate([[5, 6, 7]], 1, 0.0, 2, [], None)
-    finally:
-        engine.close()
-    psutil.wait_procs([p for p in engine_processes() if p.pid not in world_of], timeout=30)
-    assert {p.pid for p in engine_processes()} <= world_of
+def test_an_engine_that_dies_is_noticed_within_seconds_and_answers_nothing_more(world: World) -> None:
+    """The last test of this module: each family's engine ends here."""
+    engine, noticed = engine_of(world).engine, threading.Event()
+    engine._on_death = noticed.set
+    for process in engine_processes():
+        process.kill()
+    assert noticed.wait(timeout=30)
+    with pytest.raises(EngineDiedError, match="is gone"):
+        ask(world, None, 0.0)
+    engine.close()
+    psutil.wait_procs(engine_processes(), timeout=30)
+    assert not engine_processes()
