@@ -30,6 +30,10 @@ class Encoder(Protocol):
         """Greedy answers, as token ids."""
         ...
 
+    def prepare(self, answers: bool) -> None:
+        """Gets ready to answer, or to give states again."""
+        ...
+
     def sha256(self) -> str:
         """Hash of the weights as they are now."""
         ...
@@ -86,6 +90,9 @@ class TransformersEncoder:
             )
         return out[:, tokens.shape[1] :].tolist()
 
+    def prepare(self, answers: bool) -> None:
+        """The same model does both."""
+
     def sha256(self) -> str:
         """See `Encoder`."""
         return weights_sha256(self.frozen.model)
@@ -108,30 +115,31 @@ class VllmEncoder:
 
     def states(self, prompts: Sequence[Tokens]) -> list[np.ndarray]:
         """See `Encoder`."""
-        self._be(pooling=True)
+        self.prepare(answers=False)
         states = self._engine.states(prompts)
         return [state[-self.config.last_k :] for state in states] if self.config.pool == "last_k" else states
 
     def answer(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """See `Encoder`."""
-        self._be(pooling=False)
+        self.prepare(answers=True)
         answers = self._engine.generate(prompts, 1, 0.0, max_new_tokens, self.frozen.end_tokens, None)
         return [answer[0].tokens for answer in answers]
 
     def sha256(self) -> str:
         """See `Encoder`."""
-        self._be(pooling=True)
+        self.prepare(answers=False)
         return self._engine.sha256()
 
     def close(self) -> None:
         """Ends the engine."""
         self._engine.close()
 
-    def _be(self, pooling: bool) -> None:
-        if self._engine.pooling_only == pooling:
+    def prepare(self, answers: bool) -> None:
+        """See `Encoder`."""
+        if self._engine.pooling_only != answers:
             return
         self._engine.close()
-        self._engine = self._pooling() if pooling else self._generating()
+        self._engine = self._generating() if answers else self._pooling()
 
     def _pooling(self) -> VllmEngine:
         how = "all" if self.config.pool == "last_k" else self.config.pool

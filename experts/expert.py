@@ -141,6 +141,10 @@ class Expert:
             tuple(range(len(keys)) if rows is None else rows),
         )
 
+    def prepare(self, answers: bool) -> None:
+        """Gets ready for calls of `answer`, or of `encode` again; without it the first such call does."""
+        self.encoder.prepare(answers)
+
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
         """The expert's own greedy answers (a baseline; never part of training)."""
         answers: list[str] = []

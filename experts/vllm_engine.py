@@ -205,7 +205,7 @@ class VllmEngine:
 
         async def every() -> list[list[Sample]]:
             each = seeds if seeds is not None else [None] * len(prompts)
-            return list(await asyncio.gather(*(one(p, s) for p, s in zip(prompts, each, strict=True))))
+            return await _together([one(p, s) for p, s in zip(prompts, each, strict=True)])
 
         return self._asked(every())
 
@@ -232,7 +232,7 @@ class VllmEngine:
             return data.reshape(-1, data.shape[-1])
 
         async def every() -> list[np.ndarray]:
-            return list(await asyncio.gather(*map(one, prompts)))
+            return await _together([one(prompt) for prompt in prompts])
 
         return self._asked(every())
 
@@ -302,6 +302,18 @@ class VllmEngine:
         self.dead = True
         if self._on_death is not None:
             self._on_death()
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The values of all; when one fails the others are ended, so that they do not occupy the engine for nobody."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def _pooler(pooling: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 OP = "deepspeed_shm_comm"
+LONGEST_BUILD_S = 180.0
 
 
 def op_folder() -> Path:
@@ -44,13 +45,16 @@ def stale_lock(folder: Path) -> Path | None:
 def drop_stale_lock() -> Path | None:
     """Removes the lock of a build that was killed, which would block every later start; returns it if there was one.
 
-    A living build closes its lock an instant before it removes it, so only a lock that nobody holds twice in a row
-    is stale.
+    The folder may be shared with other machines or containers, whose processes cannot be seen here: only a lock
+    older than any build takes is stale, and a younger one is waited for.
     """
-    if stale_lock(op_folder()) is None:
-        return None
-    time.sleep(1.0)
-    lock = stale_lock(op_folder())
-    if lock is not None:
-        lock.unlink(missing_ok=True)
-    return lock
+    while (lock := stale_lock(op_folder())) is not None:
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        if age > LONGEST_BUILD_S:
+            lock.unlink(missing_ok=True)
+            return lock
+        time.sleep(1.0)
+    return None

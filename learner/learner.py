@@ -36,7 +36,9 @@ from learner.gradient import PrefixGradient, Sums
 from learner.losses import Denominators
 from rollout.types import Group, Rollout
 
-SKETCH_TOLERANCE = 1e-3
+# Of a prefix rebuilt from features that may have been made again in another batch, relative to its size: in half
+# precision a prompt's states depend on its batch (measured: prefixes differ by 0.3 % with bfloat16 experts).
+SKETCH_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 ROUNDING = 2e-6
 KL_EVERY = 10  # updates between looks at a KL that is not in the loss
 
@@ -81,6 +83,7 @@ class LearnerSpec:
     max_staleness: int
     steps: int
     threads: int = 0
+    experts_dtypes: tuple[str, ...] = ("float32",)
 
 
 class LearnerRank:
@@ -92,6 +95,7 @@ class LearnerRank:
         init_ranks(place)
         device = "cuda" if spec.learner.gpus and torch.cuda.is_available() else "cpu"
         self.spec, self.place = spec, place
+        self.tolerance = max(SKETCH_TOLERANCE[dtype] for dtype in spec.experts_dtypes)
         self.policy = load_frozen(spec.policy_path, spec.policy_dtype, device, "policy")
         router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device)
         self.old_router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device).requires_grad_(False)
@@ -233,7 +237,7 @@ class LearnerRank:
             [g.prefix_sketch if len(g.prefix_sketch) == slots else np.full(slots, np.inf) for g in groups]
         )
         own, largest = np.abs(mine - common).max(axis=1), np.abs(mine).max(axis=1)
-        limit = np.maximum(np.maximum(SKETCH_TOLERANCE * own, ROUNDING * largest), 1e-15)
+        limit = np.maximum(np.maximum(self.tolerance * own, ROUNDING * largest), 1e-15)
         close = (np.abs(mine - theirs) <= limit[:, None]).all(axis=1)
         for group, same in zip(groups, close, strict=True):
             known = self.history[group.router.version].checksum

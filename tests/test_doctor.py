@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from cluster.jobs import doctor
 from cluster.jobs.doctor import Check, checks, report
+from learner import compiled
 from learner.compiled import drop_stale_lock, stale_lock
 from learner.engine import import_deepspeed
 
@@ -155,9 +158,19 @@ def test_a_killed_build_s_lock_is_dropped_before_a_learner_starts_and_a_living_o
     with lock.open("x"):
         import_deepspeed()
         assert lock.exists()
+    os.utime(lock, (0, 0))
     import_deepspeed()
     assert not lock.exists()
     assert drop_stale_lock() is None
+
+
+def test_a_young_lock_may_be_another_machine_s_and_is_waited_for(built, monkeypatch):
+    monkeypatch.setattr(compiled, "LONGEST_BUILD_S", 1.5)
+    lock = built / "lock"
+    lock.touch()
+    began = time.monotonic()
+    assert drop_stale_lock() == lock.resolve()
+    assert time.monotonic() - began > 1.0
 
 
 def test_a_stale_lock_fails_the_op(built):

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.config import RunConfig
 from cluster.run.baselines import KnownBaselines
-from cluster.run.fleet import Fleet, Reference, Stage
+from cluster.run.fleet import Fleet, Handle, Reference, Stage
 from cluster.run.metrics import attention_metrics
 from cluster.run.routing import RouteClassifier
 from cluster.run.scoring import WaveReport
@@ -109,11 +109,19 @@ class Evaluator:
     async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
         messages = [prompt.messages for prompt in prompts]
         asked, verifier = self.fleet.copies[expert].handles[0], self.fleet.rewards[0]
+        await self._prepare(asked, answers=True)
         texts = asked.call("answer", messages, self.config.sampling.max_new_tokens)
         scores = verifier.call("score_texts", list(prompts), texts)
         stages = [Stage.of(asked, texts), Stage.of(verifier, scores)]
         answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}", stages=stages)
+        await self._prepare(asked, answers=False)
         return [self._outcome(score.status, score.right) for score in answered]
+
+    async def _prepare(self, expert: Handle, answers: bool) -> None:
+        """An engine that gives states may have to make room for one that answers, which takes as long as a start."""
+        made = expert.call("prepare", answers)
+        what = f"preparing {expert.name}"
+        await self.fleet.get(made, what, self.fleet.start_deadline_s, stages=[Stage.of(expert, made)])
 
     def _outcome(self, status: RewardStatus, right: float) -> int:
         self._without_verdict += status is not RewardStatus.OK

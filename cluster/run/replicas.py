@@ -17,10 +17,13 @@ class Replicas:
 
     A prompt goes to the copy that its text says, whose cache then knows it; when that one has much more to do than
     another, the other gets it.
+
+    steady: only prompts of the same call count as what a copy has to do, so that who encodes what does not depend on
+        how fast the copies are, and synchronous training stays the same to the last bit.
     """
 
-    def __init__(self, handles: Sequence[Handle], spill: int = SPILL) -> None:
-        self.handles, self.spill = list(handles), spill
+    def __init__(self, handles: Sequence[Handle], spill: int = SPILL, steady: bool = False) -> None:
+        self.handles, self.spill, self.steady = list(handles), spill, steady
         self._under_way: list[list[tuple[Reference, int]]] = [[] for _ in self.handles]
 
     def split(self, prompts: Sequence[Any], is_ready: Callable[[Reference], bool]) -> list[tuple[Handle, list[int]]]:
@@ -45,7 +48,7 @@ class Replicas:
 
     def sent(self, handle: Handle, reference: Reference, count: int) -> None:
         """A call with so many prompts is under way."""
-        if len(self.handles) > 1:
+        if len(self.handles) > 1 and not self.steady:
             self._under_way[self.handles.index(handle)].append((reference, count))
 
 

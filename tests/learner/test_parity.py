@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from experts.state import build_router, put_arrays, stack_features
-from learner.learner import LearnerError
+from learner.batch import global_denominators
+from learner.engine import Rendezvous
+from learner.learner import LearnerError, LearnerRank
 from learner.logprobs import completion_logprobs
 from rollout.sequence import lay_out_completions, lay_out_prompts
 from rollout.types import Draws
@@ -101,6 +103,27 @@ def test_a_group_sampled_without_a_prefix_is_refused(ready):
     learner, groups = ready
     forged = replace(groups[0], prefix_sketch=np.zeros(0, np.float32))
     assert "prompt 0: its prefix does not match" in refusal(learner, [forged])
+
+
+@pytest.mark.parametrize(("dtype", "accepted"), [("bfloat16", True), ("float32", False)])
+def test_features_made_again_in_half_precision_pass_where_experts_have_it(world, dtype, accepted):
+    learner = LearnerRank(replace(world.spec(), experts_dtypes=("float32", dtype)), Rendezvous())
+    groups = world.scored(prompts(3), learner.snapshot()).groups
+    noise = np.random.default_rng(0)
+    rounded = [
+        [feature * (1 + 0.02 * noise.standard_normal(feature.shape, dtype=np.float32)) for feature in e.features]
+        for e in encode([g.prompt for g in groups], 7)
+    ]
+
+    def again() -> None:
+        learner.backward(groups, rounded, global_denominators(groups, learner.spec.algorithm.constant_length))
+
+    if accepted:
+        again()
+        assert "prompt 0: its prefix does not match" in refusal(learner, groups, seed=8)
+    else:
+        with pytest.raises(LearnerError, match="its prefix does not match"):
+            again()
 
 
 def test_what_is_not_tampered_with_passes(ready):
