@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.run.environment import PROCESS_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from cluster.jobs.client import Jobs
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO}
 
@@ -41,6 +45,10 @@ TaskName = Annotated[str, typer.Argument(help="A Reasoning Gym data set, or a ta
 RecipeOption = Annotated[Path | None, typer.Option("--config", help="A recipe with the task.", show_default=False)]
 SeedOption = Annotated[int, typer.Option(help="What the entries are generated from.")]
 LevelOption = Annotated[int | None, typer.Option(help="Of the data set's curriculum.", min=0, show_default=False)]
+Address = Annotated[
+    str | None, typer.Option(help="The cluster, such as http://head:8265; RAY_ADDRESS by default.", show_default=False)
+]
+JobName = Annotated[str, typer.Argument(help="A job's id, or a run's name for its newest job.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/quickstart.", show_default=False)]
 
 
@@ -64,6 +72,9 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Go on if the run was started before, else start it.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run's folder if it exists.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the configuration and the plan of workers, and stop.")
@@ -74,7 +85,7 @@ def train(
     from cluster.run.preflight import check_names
     from rewards.sources import build_tasks
 
-    if resume and overwrite:
+    if overwrite and (resume or auto_resume):
         raise ConfigError("--resume and --overwrite exclude each other: choose one")
     settings = load(config, overrides or [])
     check_names(settings)
@@ -82,9 +93,93 @@ def train(
         build_tasks(settings.data)
         _print_plan(settings)
         return
+    from cluster.run.training import started_before
     from cluster.run.training import train as run_training
 
+    resume = resume or (auto_resume and started_before(settings))
     raise typer.Exit(run_training(settings, resume, overwrite, console))
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what the job prints, until it ends.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run's folder if it exists.")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", help="Name of a variable whose value here the job is to have.")
+    ] = None,
+    module: Annotated[
+        list[Path] | None, typer.Option("--module", help="A folder of packages or a wheel with plug-ins, to go along.")
+    ] = None,
+) -> None:
+    """Train a router as a job of a Ray cluster.  Submitting a run again goes on with it."""
+    from cluster.config import ConfigError, load
+    from cluster.jobs.client import Jobs
+
+    settings = load(config, overrides or [])
+    if settings.execution != "ray":
+        raise ConfigError("execution: inline runs in one process: a job needs execution: ray")
+    jobs = Jobs(address)
+    name = jobs.submit(settings, overwrite, env or [], module or [])
+    console.print(
+        f"submitted job {name}\n  watch it:  musketeers logs {name} -f\n  stop it:   musketeers stop {name}",
+        highlight=False,
+    )
+    if follow:
+        _follow(jobs, name)
+
+
+@app.command(name="jobs")
+def list_jobs(
+    address: Address = None, run: Annotated[str | None, typer.Option(help="Only of this run.")] = None
+) -> None:
+    """List the jobs of a Ray cluster."""
+    from cluster.jobs.client import Jobs
+    from cluster.jobs.listing import table
+
+    console.print(table(Jobs(address).list(run)))
+
+
+@app.command()
+def logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    address: Address = None,
+) -> None:
+    """Show what a job has printed."""
+    from cluster.jobs.client import Jobs
+
+    jobs = Jobs(address)
+    if follow:
+        _follow(jobs, job)
+    else:
+        print(jobs.logs(jobs.find(job)), end="")
+
+
+@app.command()
+def stop(job: JobName, address: Address = None) -> None:
+    """Stop a job after the step in progress, with a checkpoint."""
+    from cluster.jobs.client import Jobs
+
+    jobs = Jobs(address)
+    found = jobs.find(job)
+    if jobs.stop(found):
+        console.print(f"job {found.id} stops after this step, with a checkpoint", highlight=False)
+    else:
+        console.print(f"job {found.id} had ended already: {found.status}", highlight=False)
+
+
+def _follow(jobs: Jobs, name: str) -> None:
+    """Shows a job's output; the exit status is 0 only if it succeeds."""
+    try:
+        ended = jobs.follow(jobs.find(name), lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        console.print(f"\nthe job goes on; stop it with musketeers stop {name}", highlight=False)
+        raise typer.Exit(130) from None
+    console.print(f"job {ended.id}: {ended.status}", highlight=False)
+    raise typer.Exit(0 if ended.status == "SUCCEEDED" else 1)
 
 
 @app.command(name="eval")
@@ -197,11 +292,16 @@ def _print_plan(settings: object) -> None:
 
 
 def main() -> None:
-    """Entry point: what a user did wrong is one line and exit status 2, never a traceback."""
+    """Entry point of the command."""
+    guarded(app)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Runs a command: what a user did wrong is one line and exit status 2, never a traceback."""
     for name, value in PROCESS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        app()
+        command()
     except ValueError as error:
         if not _is_own(error):
             raise

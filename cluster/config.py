@@ -54,6 +54,19 @@ class CheckpointConfig(BaseModel):
     groups: bool = True
 
 
+Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
+
+
+class PlacementConfig(BaseModel):
+    """On how few or how many nodes the workers of a role start: `pack` takes few, `spread` many; `strict_pack` takes
+    one and `strict_spread` one a worker, or waits."""
+
+    model_config = FROZEN
+    experts: Strategy = "pack"
+    policy: Strategy = "spread"
+    learner: Strategy = "pack"
+
+
 class RayConfig(BaseModel):
     """How the run meets Ray.
 
@@ -64,6 +77,7 @@ class RayConfig(BaseModel):
     warning_s: after this much of a wait the same is said, once, and nothing is done yet.
     start_deadline_s: the same for workers that load models.
     gpu_memory_gb: of every GPU, for the memory plan; None asks the machines.
+    placement: packed or spread, by role.
     """
 
     model_config = FROZEN
@@ -73,6 +87,7 @@ class RayConfig(BaseModel):
     warning_s: float = Field(60.0, gt=0)
     start_deadline_s: float = Field(900.0, gt=0)
     gpu_memory_gb: float | None = Field(None, gt=0)
+    placement: PlacementConfig = PlacementConfig()
 
 
 class PipelineConfig(BaseModel):

@@ -1,31 +1,38 @@
-"""Joining or starting a Ray cluster, and workers as actors.  Only this module and `faults.py` know Ray."""
+"""Joining or starting a Ray cluster, and workers as actors.  Only this module, `seats` and `faults` know Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from cluster.config import RunConfig
 from cluster.jobs.placement import Node
+from cluster.jobs.shared import Seen, check_shared, look
 from cluster.run.environment import PROCESS_ENVIRONMENT
 from cluster.run.faults import answer_stack_requests
 from cluster.run.fleet import Reference
 from cluster.run.recipe import Recipe
-from experts.expert import Encoded, Expert
+from cluster.run.seats import ClusterError
+from experts.expert import Expert
 from experts.loading import import_transformers
-from experts.state import RouterShape, RouterSnapshot
+from experts.state import RouterShape
 from learner.engine import Rendezvous, free_port, import_deepspeed
 from learner.learner import LearnerRank, LearnerSpec
-from rollout.types import Prompt, Rollout, Sampling
+from rollout.types import Rollout
 from rollout.worker import RolloutWorker
 
-
-class ClusterError(RuntimeError):
-    """A cluster that cannot be joined or started."""
+NODE_ANSWERS_S = 180.0  # its first task starts a process there, and installs what a job carries
 
 
 @dataclass(frozen=True)
@@ -77,20 +84,57 @@ def gpu_nodes(memory_gb: float | None) -> list[Node]:
 
     memory_gb: of every GPU, where it is known already.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    if memory_gb is not None:
-        memories: list[int | None] = [int(memory_gb * 2**30)] * len(nodes)
-    else:
-        ask = ray.remote(_gpu_memory)
-        there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        memories = ray.get([ask.options(num_cpus=0, scheduling_strategy=place).remote() for place in there])
+    nodes = [node for node in alive_nodes() if node["Resources"].get("GPU")]
+    known = None if memory_gb is None else int(memory_gb * 2**30)
+    memories = [known] * len(nodes) if known else on_nodes(nodes, _gpu_memory)
     return [
         Node(node["NodeManagerAddress"], int(node["Resources"]["GPU"]), memory)
         for node, memory in zip(nodes, memories, strict=True)
     ]
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes, as Ray describes them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def on_nodes(nodes: Sequence[dict[str, Any]], function: Any, *args: Any) -> list[Any]:
+    """What a function says on each of these nodes.
+
+    Raises:
+        ClusterError: when a node does not answer.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(function)
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [ask.options(num_cpus=0, scheduling_strategy=place).remote(*args) for place in there]
+    try:
+        return ray.get(asked, timeout=NODE_ANSWERS_S)
+    except GetTimeoutError as error:
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=0)
+        silent = [node["NodeManagerAddress"] for node, answer in zip(nodes, asked, strict=True) if answer not in done]
+        raise ClusterError(f"node {', '.join(silent)} gives no answer within {NODE_ANSWERS_S:g} s") from error
+
+
+def check_places(config: RunConfig) -> None:
+    """Refuses folders of the configuration that some node of the cluster does not see; see `check_shared`."""
+    nodes = alive_nodes()
+
+    def ask(wanted: Mapping[str, str], marker: str) -> list[Seen]:
+        seen = on_nodes(nodes, look, wanted, marker)
+        return [replace(answer, node=_name(node)) for node, answer in zip(nodes, seen, strict=True)]
+
+    if len(nodes) > 1:
+        check_shared(config, ask)
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
 
 
 def _gpu_memory() -> int | None:
@@ -114,12 +158,14 @@ def leave_cluster() -> None:
 class RayHandle:
     """An actor, or its successor after `restart`: calls always go to the one that lives.
 
+    place: where Ray is to start its processes.
     setup: calls that every fresh process needs before any other, in order.
     replaced: ids of the processes before this one.
     """
 
     recipe: Recipe
     concurrency: int = 1
+    place: Any = "DEFAULT"
     setup: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     actor: Any = None
@@ -146,9 +192,9 @@ class RayHandle:
         """Starts a method; gives its reference, or one for each of several values."""
         return getattr(self.actor, method).options(num_returns=returns).remote(*args, **kwargs)
 
-    def start_with(self, method: str, *args: Any) -> Reference:
-        """A call now, and again first thing in every later process."""
-        self.setup.append((method, args))
+    def start_with(self, method: str, *args: Any, later: str | None = None) -> Reference:
+        """A call now, and again first thing in every later process, there perhaps of another method."""
+        self.setup.append((later or method, args))
         return self.call(method, *args)
 
     def restart(self) -> None:
@@ -162,9 +208,9 @@ class RayHandle:
             self.call(method, *args)
 
 
-def spawn(recipe: Recipe, concurrency: int = 1) -> RayHandle:
-    """Starts an actor; calls to it wait until it is up."""
-    return RayHandle(recipe, concurrency)
+def spawn(recipe: Recipe, place: Any = "DEFAULT", concurrency: int = 1) -> RayHandle:
+    """Starts an actor where `seats.reserve` says; calls to it wait until it is up."""
+    return RayHandle(recipe, concurrency, place)
 
 
 def _create(handle: RayHandle) -> Any:
@@ -177,9 +223,11 @@ def _create(handle: RayHandle) -> Any:
         "name": recipe.name + (f" #{handle.generation}" if handle.generation else ""),
         "num_cpus": recipe.cpus,
         "num_gpus": recipe.gpus,
+        "scheduling_strategy": handle.place,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": PROCESS_ENVIRONMENT},
+        # Ray shows all GPUs of a machine to a worker that asked for none.
+        "runtime_env": {"env_vars": PROCESS_ENVIRONMENT | ({} if recipe.gpus else {"CUDA_VISIBLE_DEVICES": ""})},
     }
     if handle.concurrency > 1:
         options["max_concurrency"] = handle.concurrency
@@ -207,12 +255,24 @@ class Placed:
         return ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
 
     def load(self) -> bool:
-        """Builds the worker."""
-        try:
+        """Builds the worker, while no other one loads on the same GPU of this machine."""
+        _, gpus = self.place()
+        with contextlib.ExitStack() as turns:
+            for gpu in sorted(gpus):
+                turns.enter_context(FileLock(Path(tempfile.gettempdir()) / f"musketeers-{os.getuid()}-gpu-{gpu}.lock"))
             super().__init__(*self._arguments)
-        finally:
-            self._loaded.set()
+        self._loaded.set()
         return True
+
+    def reload(self) -> None:
+        """`load` in a process that took a dead one's place: nobody waits for its outcome, so one that cannot load
+        ends, is missed like the one before, and has its reason in its log."""
+        try:
+            self.load()
+        except Exception:  # noqa: BLE001 - whatever a library raises when a model does not fit
+            traceback.print_exc()
+            print(f"{self._name}: cannot be loaded again, the worker ends", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def ready(self) -> bool:
         """Answers once the worker is built."""
@@ -241,12 +301,20 @@ class RolloutActor(Placed, RolloutWorker):
         super().attach(shape)
         self._attached.set()
 
-    def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, snapshot: RouterSnapshot, *encoded: Encoded
-    ) -> tuple[Rollout, int]:
-        """See `RolloutWorker.sample`."""
+    def generate(self, *arguments: Any, **settings: Any) -> Rollout:
+        """See `RolloutWorker.generate`."""
         self._attached.wait()
-        return super().sample(prompts, sampling, snapshot, *encoded)
+        return super().generate(*arguments, **settings)
+
+    def info(self) -> dict[str, Any]:
+        """See `RolloutWorker.info`."""
+        self._loaded.wait()
+        return super().info()
+
+    def sha256(self) -> str:
+        """See `RolloutWorker.sha256`."""
+        self._loaded.wait()
+        return super().sha256()
 
 
 class LearnerActor(LearnerRank):

@@ -85,9 +85,10 @@ class Session:
                 f"Ray dashboard: http://{info.dashboard_url}  (log in with the token in {info.token_path})",
                 highlight=False,
             )
+        actors.check_places(self.config)
         self._check_placement()
         with self.console.status("starting the experts, the policy, the verifiers and the learner"):
-            return await start_on_ray(self.config, verifiers)
+            return await start_on_ray(self.config, verifiers, self.watch.note)
 
     def _check_placement(self) -> None:
         """The memory plan, where GPUs are asked for; one that cannot fit is refused before anything is allocated."""

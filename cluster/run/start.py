@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ def learner_spec(config: RunConfig, shape: RouterShape) -> LearnerSpec:
         max_staleness=config.max_staleness,
         steps=config.steps,
         threads=share_of_cores(config, config.learner.ranks, config.learner.threads),
+        experts_dtypes=tuple(expert.dtype for expert in config.experts),
     )
 
 
@@ -96,8 +98,19 @@ def shape_of(config: RunConfig, experts: list[dict[str, Any]], policy: dict[str,
 def start_inline(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Started:
     """All workers in this process: for debuggers, notebooks, and as the yardstick of the distributed overhead."""
 
+    with contextlib.ExitStack() as built:
+        started = _start_inline(config, verifiers, built)
+        built.pop_all()
+    return started
+
+
+def _start_inline(config: RunConfig, verifiers: Mapping[str, Verifier], built: contextlib.ExitStack) -> Started:
+    """`built` ends the engines that already run, should a later worker fail to start."""
+
     def build(recipe: Recipe) -> Inline:
-        return Inline(recipe.name, recipe.kind(*recipe.args))
+        made = Inline(recipe.name, recipe.kind(*recipe.args))
+        built.callback(made.worker.close)
+        return made
 
     experts = [build(recipes[0]) for recipes in expert_recipes(config)]
     rollouts = [build(r) for r in rollout_recipes(config)]
@@ -115,24 +128,39 @@ def start_inline(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Starte
     return Started(fleet, shape, expert_infos, policy_info, _frozen(infos, hashes, policy_info))
 
 
-async def start_on_ray(config: RunConfig, verifiers: Mapping[str, Verifier]) -> Started:
-    """All workers as actors of a Ray cluster this process has joined; models load in parallel."""
+async def start_on_ray(
+    config: RunConfig, verifiers: Mapping[str, Verifier], note: Callable[[str], None] = print
+) -> Started:
+    """All workers as actors of a Ray cluster this process has joined; models load in parallel.
+
+    note: tells people what the start waits for.
+    """
     from cluster.run.actors import ExpertActor, LearnerActor, RolloutActor, spawn
     from cluster.run.faults import RayBackend
+    from cluster.run.seats import names_free, reserve
 
-    backend = RayBackend()
+    backend, ray, c = RayBackend(), config.ray, config.learner
     several = config.pipeline.calls_per_worker + 2 if config.policy.engine == "vllm" else 1
-    copies = [[spawn(placed(ExpertActor, r)) for r in recipes] for recipes in expert_recipes(config)]
-    experts = [handle for handles in copies for handle in handles]
-    rollouts = [spawn(placed(RolloutActor, r), several) for r in rollout_recipes(config)]
-    rewards = [
-        spawn(Recipe(f"Reward({i})", AsyncScoringWorker, (dict(verifiers), config.rewards, i)), concurrency=16)
+    scoring = [
+        Recipe(f"Reward({i})", AsyncScoringWorker, (dict(verifiers), config.rewards, i))
         for i in range(config.rewards.workers)
     ]
-    c = config.learner
-    learners = [spawn(Recipe(f"Learner(rank {r})", LearnerActor, (r,), c.cpus, c.gpus)) for r in range(c.ranks)]
-    ray = config.ray
-    pools = [Replicas(handles) for handles in copies]
+    ranks = [Recipe(f"Learner(rank {r})", LearnerActor, (r,), c.cpus, c.gpus) for r in range(c.ranks)]
+    wanted = expert_recipes(config)
+    await names_free(ray.deadline_s)
+
+    async def seats(role: str, recipes: Sequence[Recipe]) -> list[Any]:
+        return await reserve(role, recipes, getattr(ray.placement, role), ray.start_deadline_s, note)
+
+    free = iter(await seats("experts", [recipe for recipes in wanted for recipe in recipes]))
+    copies = [[spawn(placed(ExpertActor, r), next(free)) for r in recipes] for recipes in wanted]
+    experts = [handle for handles in copies for handle in handles]
+    policy = rollout_recipes(config)
+    places = await seats("policy", policy)
+    rollouts = [spawn(placed(RolloutActor, r), at, several) for r, at in zip(policy, places, strict=True)]
+    rewards = [spawn(recipe, "SPREAD", concurrency=16) for recipe in scoring]
+    learners = [spawn(r, at) for r, at in zip(ranks, await seats("learner", ranks), strict=True)]
+    pools = [Replicas(handles, steady=config.max_staleness == 0) for handles in copies]
     fleet = Fleet(experts, rollouts, rewards, learners, ray.deadline_s, backend, ray.start_deadline_s, copies=pools)
     hosts: list[Any] = [*experts, *rollouts]
     await load_in_turn(fleet, hosts)
@@ -165,7 +193,7 @@ async def load_in_turn(fleet: Fleet, handles: Sequence[Any]) -> None:
     async def after(before: list[asyncio.Future[Any]], handle: Any) -> None:
         if before:
             await asyncio.gather(*before)
-        await fleet.get(handle.start_with("load"), f"{what}: {handle.name}", limit)
+        await fleet.get(handle.start_with("load", later="reload"), f"{what}: {handle.name}", limit)
 
     loading = []
     for handle, (node, gpus) in zip(handles, places, strict=True):

@@ -15,6 +15,11 @@ from cluster.zoo import paths
 from rewards.sources import build_tasks
 
 
+def started_before(config: RunConfig) -> bool:
+    """Whether there is a run of this name to go on with."""
+    return RunFolder(config.folder).config.is_file()
+
+
 def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) -> int:
     """Runs a training job; returns the exit status (130 when it was stopped with a checkpoint).
 

@@ -1,0 +1,103 @@
+"""Places that every node of a cluster must see: made absolute before a job leaves, looked for once it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import ConfigError, RunConfig
+from cluster.zoo import paths as zoo
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration with every path of this machine written out, for a job that starts somewhere else."""
+    values = config.model_dump(mode="json")
+    values["root"] = _absolute(values["root"])
+    for expert in values["experts"]:
+        expert["model"] = _model(expert["model"])
+    values["policy"]["model"] = _model(values["policy"]["model"])
+    if values["router"]["init"]:
+        values["router"]["init"] = _absolute(values["router"]["init"])
+    for task in values["data"]["tasks"]:
+        if task.get("path"):
+            task["path"] = _absolute(task["path"])
+    if (system := values["data"]["system"]) and Path(system).expanduser().is_file():
+        values["data"]["system"] = _absolute(system)
+    return RunConfig.model_validate(values)
+
+
+def digest_of(config: RunConfig) -> str:
+    """A short hash that tells configurations apart."""
+    return hashlib.sha256(config.as_yaml().encode()).hexdigest()[:12]
+
+
+def places(config: RunConfig) -> dict[str, str]:
+    """Configuration key -> folder that other nodes must see too: the run's, and those of local models."""
+    found = {"root": str(Path(config.root).expanduser().absolute())}
+    for key, reference in config.models().items():
+        if zoo.is_zoo(reference):
+            found["the zoo (MUSKETEERS_ZOO)"] = str(zoo.zoo_root().absolute())
+        elif Path(reference).expanduser().exists():
+            found[key] = str(Path(reference).expanduser().absolute())
+    return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one node said: keys of places that it does not see, and of those it cannot write.
+
+    node: its address, for people; filled in by whoever asked.
+    """
+
+    node: str
+    unseen: tuple[str, ...]
+    unwritable: tuple[str, ...]
+
+
+def check_shared(config: RunConfig, ask: Callable[..., Sequence[Seen]]) -> None:
+    """Refuses places that some node of the cluster does not see; the run folder's root must be writable everywhere.
+
+    Args:
+        ask: runs `look` with the given arguments on every node.
+
+    Raises:
+        ConfigError: naming the key, the place and the node.
+    """
+    wanted = places(config)
+    folder = Path(wanted["root"])
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / f".seen-by-{secrets.token_hex(8)}"
+    marker.write_text("this folder is shared\n")
+    try:
+        answers = ask(wanted, marker.name)
+    finally:
+        marker.unlink()
+    for seen in answers:
+        for key in seen.unseen:
+            raise ConfigError(
+                f"{key}: {wanted[key]} is not the same folder on node {seen.node}: take one that all nodes share"
+            )
+        for key in seen.unwritable:
+            raise ConfigError(f"{key}: {wanted[key]} cannot be written on node {seen.node}: mend its rights there")
+
+
+def look(wanted: Mapping[str, str], marker: str) -> Seen:
+    """Runs on a node: which of the places it does not see; `marker` is a file in the run folder's root."""
+    unseen = [key for key, place in wanted.items() if not os.path.isdir(place)]
+    if "root" not in unseen and not os.path.exists(os.path.join(wanted["root"], marker)):
+        unseen.append("root")
+    unwritable = [] if "root" in unseen or os.access(wanted["root"], os.W_OK) else ["root"]
+    return Seen("", tuple(unseen), tuple(unwritable))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _model(reference: str) -> str:
+    """A model's reference; a local folder is written out."""
+    return _absolute(reference) if not zoo.is_zoo(reference) and Path(reference).expanduser().is_dir() else reference
