@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from cluster.config import ConfigError, RunConfig
 from cluster.jobs import wheel
+from cluster.jobs.names import JOB_CONFIG, JOB_ID, JOB_OVERWRITE
 from cluster.jobs.shared import absolute, digest_of
 from cluster.zoo.paths import zoo_root
 
@@ -22,7 +23,6 @@ T = TypeVar("T")
 # A job that is told to stop finishes its step and writes a checkpoint; after this it is killed.
 STOP_WAIT_S = 900
 RUN, CONFIGURATION = "run", "configuration"  # keys of a job's metadata
-JOB_ID, JOB_CONFIG, JOB_OVERWRITE = "MUSKETEERS_JOB_ID", "MUSKETEERS_JOB_CONFIG", "MUSKETEERS_JOB_OVERWRITE"
 # -P: nothing in the folder where a job happens to start shadows our packages.
 ENTRYPOINT = "python -P -u -m cluster.jobs.entry"
 
@@ -97,6 +97,7 @@ class Jobs:
             JOB_ID: name,
             JOB_CONFIG: config.as_yaml(),
             JOB_OVERWRITE: str(int(overwrite)),
+            "COLUMNS": "120",
             "MUSKETEERS_ZOO": str(zoo_root().absolute()),
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
             **{key: os.environ[key] for key in environment},

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import yaml
 
 from cluster.cli import console, guarded
 from cluster.config import ConfigError, parse
-from cluster.jobs.client import JOB_CONFIG, JOB_ID, JOB_OVERWRITE
+from cluster.jobs.names import JOB_CONFIG, JOB_ID, JOB_OVERWRITE
 
 
 def run() -> None:
@@ -26,7 +27,7 @@ def run() -> None:
     said = "goes on" if resume else "starts"
     console.print(
         f"job {os.environ.get(JOB_ID, '?')}: run {config.run} {said} in {config.folder}, "
-        f"n-musketeers {version('n-musketeers')} from {os.path.dirname(os.path.dirname(__file__))}",
+        f"n-musketeers {version('n-musketeers')} from {Path(__file__).parents[2]}",
         highlight=False,
         soft_wrap=True,
     )

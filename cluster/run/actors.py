@@ -147,6 +147,24 @@ def _gpu_memory() -> int | None:
     return min(int(line) for line in said.split()) * 2**20
 
 
+def whereabouts() -> dict[str, tuple[str, int]]:
+    """Node and process of this run's living actors, by the name they show."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.state import list_actors
+    from ray.util.state.exception import RayStateApiException
+
+    mine = ("ray_namespace", "=", ray.get_runtime_context().namespace)
+    try:
+        found = list_actors(
+            filters=[mine, ("state", "=", "ALIVE")], limit=1000, timeout=10, raise_on_missing_output=False
+        )
+        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    except (RayStateApiException, RayError, OSError):
+        return {}
+    return {(actor.name or "").split(" #")[0]: (nodes.get(actor.node_id, ""), actor.pid or 0) for actor in found}
+
+
 def leave_cluster() -> None:
     """Ends this process's connection, and the cluster if it was our own."""
     import ray

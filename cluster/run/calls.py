@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.run.fleet import Fault, Reference, Stage
@@ -13,11 +14,15 @@ from rollout.types import Group, Prompt
 
 @dataclass(frozen=True)
 class Wave:
-    """Some prompts on their way together: references to their scored rollout and features, and the report."""
+    """Some prompts on their way together: references to their scored rollout and features, and the report.
+
+    finished: when they were scored, by the monotonic clock.
+    """
 
     rollout: Reference
     features: list[Reference]
     report: WaveReport
+    finished: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ class Driver:
         """Updates done."""
         return self.admission.version
 
+    def finished_at(self, ordinal: int) -> float:
+        """When a finished group was scored, by the monotonic clock."""
+        return self._waves[ordinal].finished
+
     def request_stop(self) -> None:
         """Ends the run after the step in progress; call from the loop's own thread."""
         self.stop.set()
@@ -258,6 +262,7 @@ class Driver:
                 waiting=len(self.admission.finished),
                 restarts=sum(self.recovery.restarts.values()),
                 levels=self.stream.levels(),
+                workers={"rollout": len(self.fleet.rollouts), "reward": len(self.fleet.rewards)},
             )
             self._filtered = 0
             self._changed.notify_all()
@@ -271,7 +276,8 @@ class Driver:
         self.elapsed_s, self._last = self.elapsed_s + now - self._last, now
         experts = [expert.name for expert in self.config.experts]
         metrics = step_metrics(fresh, groups, experts, version, learned, times, state)
-        self.sink.step({"step": version + 1, "ordinals": batch, **metrics})
+        versions = [group.version for group in groups]
+        self.sink.step({"step": version + 1, "ordinals": batch, "versions": versions, **metrics})
         if self.config.checkpoint.groups:
             await self._written()
             self._writing = asyncio.create_task(self._keep_groups(version + 1, batch, waves))

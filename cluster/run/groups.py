@@ -63,7 +63,7 @@ def _pack(group: Group) -> dict[str, Any]:
     return {
         "ordinal": group.ordinal,
         "task": group.prompt.task,
-        "level": group.prompt.payload.get("level"),
+        "level": _level(group.prompt),
         "prompt_tokens": group.prompt_tokens.tolist(),
         "completions": [
             {"tokens": c.tokens.tolist(), "logprobs": c.logprobs.tolist(), "text": c.text, "finish": c.finish}
@@ -80,6 +80,12 @@ def _pack(group: Group) -> dict[str, Any]:
         "attention": group.attention.tolist(),
         "scores": [[score.reward, score.status, score.reason, score.answer] for score in group.scores],
     }
+
+
+def _level(prompt: Prompt) -> int | None:
+    """The curriculum's, if it is one: under that key a plug-in may have anything."""
+    level = prompt.payload.get("level")
+    return level if isinstance(level, int) else None
 
 
 def _unpack(packed: dict[str, Any], prompt: Callable[[int, int | None], Prompt]) -> Group:

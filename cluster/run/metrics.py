@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from cluster.run.scoring import GroupReport, WaveReport
 from learner.advantages import has_signal
 from learner.gradient import Sums
+from rollout.types import RewardStatus
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PipelineState:
     filtered: groups without signal that ended since the last update.  running, waiting: prompts in some
     stage, and finished groups that wait.  restarts: of workers, so far.
     levels: of the tasks' curricula, for the prompts that are issued next.
+    workers: of the stages that share their calls among several.
     """
 
     filtered: int = 0
@@ -33,10 +35,11 @@ class PipelineState:
     waiting: int = 0
     restarts: int = 0
     levels: Mapping[str, int] = field(default_factory=dict)
+    workers: Mapping[str, int] = field(default_factory=dict)
 
 
 # Metrics that depend on the machine, not on the computation: two equal runs may differ in these.
-MACHINE_PREFIXES = ("time/", "cache/", "rollout/tokens_per_second", "pipeline/")
+MACHINE_PREFIXES = ("time/", "idle/", "cache/", "rollout/tokens_per_second", "pipeline/")
 
 
 def step_metrics(
@@ -58,6 +61,12 @@ def step_metrics(
     staleness = [version - group.version for group in groups]
     hits, misses = sum(r.hits for r in reports), sum(r.misses for r in reports)
     tokens = sum(report.tokens for report in reports)
+    stages = {
+        "encode": sum(report.encode_s for report in reports),
+        "rollout": sum(report.rollout_s for report in reports),
+        "reward": sum(report.reward_s for report in reports),
+        "learner": times.learner_s,
+    }
     return {
         "reward/mean": _mean(rewards),
         "reward/std": pstdev(rewards) if rewards else 0.0,
@@ -65,6 +74,7 @@ def step_metrics(
         "groups/no_signal": _mean(not has_signal(group.rewards, group.statuses) for group in groups),
         "rewards/masked_fraction": 1 - len(rewards) / completions,
         **{f"rewards/masked_fraction/{task}": _masked(mine) for task, mine in by_task(groups).items()},
+        **{f"verdicts/{task}/{status}": float(count) for (task, status), count in verdicts(groups).items()},
         "policy/truncated_fraction": sum(group.truncated for group in groups) / completions,
         **learner_metrics(sums),
         "loss": sums.values.get("loss", 0.0),
@@ -82,10 +92,11 @@ def step_metrics(
         "rollout/tokens_per_second": tokens / times.step_s,
         "cache/hit_rate": hits / max(hits + misses, 1),
         "time/step_s": times.step_s,
-        "time/encode_s": sum(report.encode_s for report in reports),
-        "time/rollout_s": sum(report.rollout_s for report in reports),
-        "time/reward_s": sum(report.reward_s for report in reports),
-        "time/learner_s": times.learner_s,
+        **{f"time/{stage}_s": seconds for stage, seconds in stages.items()},
+        **{
+            f"idle/{stage}": max(0.0, 1 - seconds / (times.step_s * pipeline.workers.get(stage, 1)))
+            for stage, seconds in stages.items()
+        },
         **attention_metrics(groups, experts),
     }
 
@@ -119,6 +130,15 @@ def attention_metrics(groups: Sequence[GroupReport], experts: Sequence[str]) -> 
         f"attention/{task}/{expert}": _mean(group.attention[index] for group in mine)
         for task, mine in by_task(groups).items()
         for index, expert in enumerate(experts)
+    }
+
+
+def verdicts(groups: Sequence[GroupReport]) -> dict[tuple[str, str], int]:
+    """How many completions of each task the verifiers judged (ok), gave up on (timeout) or failed at (error)."""
+    return {
+        (task, str(status.value)): sum(group.statuses.count(status) for group in mine)
+        for task, mine in by_task(groups).items()
+        for status in RewardStatus
     }
 
 

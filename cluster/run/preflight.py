@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from typing import Any
 
 from cluster.config import ConfigError, RunConfig
 from cluster.zoo import paths as zoo
-from experts.config import EngineConfig
+from experts.config import EngineConfig, ExpertConfig
 from experts.loading import check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
 from experts.vllm_engine import check_installed, supports
 from learner.algorithms import ALGORITHMS
 from rewards.sources import Task, of_length
+
+HALF_PRECISION = ("awq", "gptq", "fp8")  # quantised weights that vLLM runs in no other dtype
+LONGEST = 100  # prompts with most characters, among which the one with most tokens is looked for
 
 
 def model_path(reference: str) -> str:
@@ -43,23 +47,75 @@ def check_names(config: RunConfig) -> None:
 
 
 def check_models(config: RunConfig) -> None:
-    """Refuses models that are absent, incomplete or cannot end an answer.  The zoo must be built.
+    """Refuses models that are absent or incomplete, cannot end an answer or cannot do what is asked of them.
+
+    The zoo must be built.
 
     Raises:
-        ValueError: one line, naming the model and the remedy.
+        ValueError: one line, naming the key and the remedy.
     """
     described = {}
     for key, reference in config.models().items():
         try:
             described[key] = describe(model_path(reference))
+            check_end_token(model_path(reference))
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
-    check_end_token(model_path(config.policy.model))
     for key, engine in config.engines().items():
+        model = described[f"{key}.model"]
+        _check_quantized(key, engine, model)
         if engine.engine == "vllm":
-            _check_vllm(key, engine, described[f"{key}.model"])
+            _check_vllm(key, engine, model)
+        if isinstance(engine, ExpertConfig):
+            _check_expert(key, engine, model, config.sampling.max_new_tokens)
+    if config.data.max_prompt_tokens is not None:
+        _check_policy_length(config, described["policy.model"], "data.max_prompt_tokens", config.data.max_prompt_tokens)
     if config.router.init:
         _check_widths(config, described)
+
+
+def _check_quantized(key: str, config: EngineConfig, model: Mapping[str, Any]) -> None:
+    method = model["quantized"]
+    if method is None:
+        return
+    what = f"{config.model} is quantised ({method})"
+    if key == "policy":
+        raise ConfigError(f"{key}.model: {what}, and the learner needs gradients through it: take it as it was before")
+    if config.engine == "transformers":
+        raise ConfigError(f"{key}.model: {what}: take {key}.engine: vllm, or the model as it was before")
+    if config.dtype == "float32" and any(name in method for name in HALF_PRECISION):
+        raise ConfigError(f"{key}.dtype: {what}, which vLLM does not run in float32: take float16 or bfloat16")
+
+
+def _check_expert(key: str, config: ExpertConfig, model: Mapping[str, Any], new_tokens: int) -> None:
+    layers = model["layers"]  # and the embeddings before them
+    if not -layers - 1 <= config.layer <= layers:
+        raise ConfigError(
+            f"{key}.layer: {config.layer} is none of the {layers} layers of {config.model}: take 0 (the embeddings) to "
+            f"{layers}, or -1 (the last) to {-layers - 1}"
+        )
+    parts = {f"{key}.max_tokens": config.max_tokens}
+    if config.engine == "vllm":  # in evaluations it also answers, and vLLM refuses a prompt that leaves no room
+        parts["sampling.max_new_tokens"] = new_tokens
+    _check_length(key, config, model, parts)
+
+
+def _check_policy_length(config: RunConfig, model: Mapping[str, Any], what: str, prompt_tokens: int) -> None:
+    parts = {
+        what: prompt_tokens,
+        "router.latents": config.router.latents,
+        "sampling.max_new_tokens": config.sampling.max_new_tokens,
+    }
+    _check_length("policy", config.policy, model, parts)
+
+
+def _check_length(key: str, config: EngineConfig, model: Mapping[str, Any], parts: Mapping[str, int]) -> None:
+    """vLLM ends an answer where its limit is, without a word."""
+    limit = config.max_model_tokens or model["longest"]
+    if limit and sum(parts.values()) > limit:
+        said = " + ".join(f"{name} {count}" for name, count in parts.items())
+        whose = f"{key}.max_model_tokens" if config.max_model_tokens else f"the positions of {config.model}"
+        raise ConfigError(f"{said} is more than {whose}, {limit}: prompts or answers would be cut short")
 
 
 def _check_vllm(key: str, config: EngineConfig, model: Mapping[str, Any]) -> None:
@@ -110,11 +166,17 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
     """Leaves out prompts that are too long for `data.max_prompt_tokens`, and says how many.  The zoo must be built.
 
     Raises:
-        ValueError: one line, naming the task and the remedy.
+        ValueError: one line, naming the task and the remedy; also when nothing limits prompts and the longest leave
+            no room for an answer.
     """
+    path = model_path(config.policy.model)
+    tokenizer = load_tokenizer(path)
     if config.data.max_prompt_tokens is None:
+        texts = {p.text: p for task in tasks.values() for p in (*task.train, *task.validation, *task.test)}
+        longest = heapq.nlargest(LONGEST, texts.values(), key=lambda prompt: len(prompt.text))
+        tokens = max(len(tokenize(tokenizer, prompt.messages)) for prompt in longest)
+        _check_policy_length(config, describe(path), "the longest prompt (limited by data.max_prompt_tokens)", tokens)
         return dict(tasks)
-    tokenizer = load_tokenizer(model_path(config.policy.model))
     kept, lost = of_length(tasks, config.data, lambda prompt: len(tokenize(tokenizer, prompt.messages)))
     for name, count in lost.items():
         note(f"task {name}: {count} prompts of more than {config.data.max_prompt_tokens} tokens are left out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
@@ -31,12 +31,25 @@ if TYPE_CHECKING:
 REPORTED = ("n-musketeers", "torch", "transformers", "ray", "deepspeed", "reasoning-gym")
 
 
+class Export(Protocol):
+    """Takes every step's record somewhere else."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One finished step."""
+        ...
+
+
 class Records:
-    """The driver's sink: metrics, TensorBoard, groups, checkpoints, evaluations, summary and report."""
+    """The driver's sink: metrics, TensorBoard, groups, checkpoints, evaluations, summary and report.
+
+    exports: others that get every step's record, such as Prometheus.
+    """
 
     def __init__(self, config: RunConfig, folder: RunFolder, watch: Watch, shape: RouterShape) -> None:
         self.config, self.folder, self.watch, self.shape = config, folder, watch, shape
         self.evaluator: Evaluator | None = None
+        self.exports: list[Export] = []
+        self.latest: dict[str, Any] = {}
         self._metrics = logs.JsonLines(folder.metrics)
         self._eval = logs.JsonLines(folder.eval)
         self._board: Board | None = None
@@ -62,8 +75,11 @@ class Records:
             self._metrics.append(record)
         if self._board is None:
             self._board = Board(self.folder.path)
-        self._board.step(record["step"], {k: v for k, v in record.items() if k not in ("step", "ordinals")})
+        self._board.step(record["step"], {k: v for k, v in record.items() if k != "step"})
         self.watch.step(record)
+        self.latest = record
+        for export in self.exports:
+            export.step(record)
         mismatch = record.get("policy/logprob_mismatch", 0.0)
         if mismatch > self.config.learner.mismatch_warning:
             self.watch.note(f"step {record['step']}: engine and learner disagree by {mismatch:.3f} nats a token")

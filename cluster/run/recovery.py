@@ -37,6 +37,11 @@ class Recovery:
         self._ready: set[asyncio.Task[None]] = set()
         self._starting: dict[str, float] = {}
 
+    @property
+    def starting(self) -> Mapping[str, float]:
+        """Workers that were started again and are not ready yet, and when that began, by the monotonic clock."""
+        return self._starting
+
     def summary(self) -> dict[str, Any]:
         """Restarts by worker, and seconds from a restart until the worker was ready, by kind of worker."""
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.jobs import placement
+from cluster.jobs.names import JOB_ID
 from cluster.run import actors, checkpoint
 from cluster.run.admission import Admission, Limits
 from cluster.run.baselines import KnownBaselines, fingerprints
@@ -26,11 +28,15 @@ from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder
 from cluster.run.learning import Learning
 from cluster.run.masking import MaskedShare
+from cluster.run.monitor import Monitor, Outlet
 from cluster.run.preflight import model_facts
 from cluster.run.records import Records, baselines_of
 from cluster.run.recovery import Recovery, RunError
 from cluster.run.start import Started, start_inline, start_on_ray
 from cluster.watch.live import Plan, Watch, make_watch
+from cluster.watch.message import JobMessage
+from cluster.watch.statusfile import StatusFile
+from cluster.watch.telemetry import Telemetry
 from experts.state import load_router
 from rewards.sources import Task
 from rewards.stream import PromptStream
@@ -109,7 +115,30 @@ class Session:
         driver = await make_driver(self.config, fleet, self.stream, records, self.watch.note, resumed)
         if resumed is None:
             await driver.save()
-        again = driver.learning.again
+        monitor = self._monitor(driver, records)
+        async with monitor.watching():
+            outcome = await self._through(started, driver, records, monitor, begun)
+            monitor.phase = "stopped" if outcome.stopped else "finished"
+        return outcome
+
+    def _monitor(self, driver: Driver, records: Records) -> Monitor:
+        """Who is told how the run is doing, all along."""
+        config = self.config
+        if config.execution == "inline":
+            return Monitor(driver, [StatusFile(self.folder.path)])
+        telemetry = Telemetry(config.run, config.steps, config.max_staleness)
+        records.exports.append(telemetry)
+        outlets: list[Outlet] = [StatusFile(self.folder.path), telemetry]
+        if job := os.environ.get(JOB_ID):
+            outlets.append(JobMessage(job, lambda: records.latest.get("reward/mean")))
+        return Monitor(driver, outlets, actors.whereabouts)
+
+    async def _through(
+        self, started: Started, driver: Driver, records: Records, monitor: Monitor, begun: float
+    ) -> Outcome:
+        """Measures, trains and measures again."""
+        again, fleet = driver.learning.again, started.fleet
+        monitor.phase = "measuring the untrained router"
         known = KnownBaselines(self.config, self.tasks, fingerprints(started.experts, started.policy))
         evaluator = Evaluator(self.config, fleet, self.tasks, known)
         prompts = evaluator.prompts("test", self.config.evaluation.prompts)
@@ -124,12 +153,14 @@ class Session:
                 history=records.history(),
             )
         )
+        monitor.phase = "training"
         with stop_on_signals(driver, self.watch):
             await driver.run()
         self.watch.stop()
         if driver.step < self.config.steps:
             self.console.print(f"stopped at step {driver.step} with a checkpoint; go on with --resume", highlight=False)
             return Outcome(INTERRUPTED, True)
+        monitor.phase = "measuring the trained router"
         after, attention = await again(lambda: self._after(evaluator, records, prompts, driver, before))
         frozen = await again(lambda: self._frozen(started))
         records.finish(driver, frozen, before, after, attention, time.perf_counter() - begun, started, self.console)

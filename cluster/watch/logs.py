@@ -71,13 +71,17 @@ def cut_back(path: Path, keep: int | Callable[[Line], bool]) -> int:
     return len(lines) - len(kept)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never half of it."""
+def replace_file(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write a file so that readers see the old or the new content, never half of it.
+
+    durable: also after a power failure, which takes a wait for the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -136,7 +136,7 @@ def stages(history: History, *, width: int) -> Table:
         time = times.get(stage)
         share = None if time is None or not step else time / step
         drawn = Text(bar(share or 0.0, room), style=DIM if stage == "other" else COLOURS[0])
-        idle = "" if stage == "other" else f"idle {percent(None if share is None else max(0.0, 1 - share))}"
+        idle = "" if stage == "other" else f"idle {percent(history.latest(f'idle/{stage}'))}"
         table.add_row(stage, seconds(time), drawn, percent(share), idle)
     return table
 
