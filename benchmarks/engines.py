@@ -61,12 +61,10 @@ def measure(given: argparse.Namespace) -> None:
     from rollout.types import Sampling
 
     longest = given.prompt_tokens + given.new_tokens + 16
-    config = PolicyConfig.model_validate(
-        {
-            "model": given.model[0], "engine": engine, "dtype": given.dtype, "gpus": given.gpus,
-            "max_model_tokens": longest, "kv_cache_gb": 1.0,
-        }
-    )  # fmt: skip
+    settings = {"model": given.model[0], "engine": engine, "dtype": given.dtype, "gpus": given.gpus}
+    if engine == "vllm":
+        settings |= {"max_model_tokens": longest} | ({} if given.gpus else {"kv_cache_gb": 1.0})
+    config = PolicyConfig.model_validate(settings)
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     made: PolicyEngine

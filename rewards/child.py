@@ -6,6 +6,8 @@ Messages.  First the pickled verifiers come in, and out goes "ready" or the reas
 (task, completion, prompt) comes in; verdicts go into memory that both processes see (`Board`), with the time at which
 scoring of a completion started, and one message says that the batch is done.  A message for every completion took
 several times as long as a cheap verifier.
+
+A process that ran out of memory ends: what others' code has kept would be missing for every later completion.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ READY, DONE = "ready", "done"
 CAPACITY = 4096  # completions a batch
 _PR_SET_PDEATHSIG = 1
 _REASON_LENGTH = 300
+_LIMITS = resource.getrlimit(resource.RLIMIT_DATA)  # before a verifier's
 
 
 class Board:
@@ -109,7 +112,7 @@ def _limit_memory(extra: int) -> None:
     """A verifier that eats memory fails by itself, before the machine does."""
     with open("/proc/self/status") as status:
         held = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
-    resource.setrlimit(resource.RLIMIT_DATA, (held + extra, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (held + extra, _LIMITS[1]))
 
 
 def _load(connection: Connection[object, object]) -> dict[str, Verifier] | None:
@@ -124,18 +127,32 @@ def _load(connection: Connection[object, object]) -> dict[str, Verifier] | None:
 
 
 def _score(connection: Connection[object, object], board: Board, verifiers: Mapping[str, Verifier]) -> None:
+    first = True
     while True:
         items: list[Item] = connection.recv()  # type: ignore[assignment]
         for index, (task, completion, prompt) in enumerate(items):
             board.start(index)
-            verdict = _verdict(verifiers[task], completion, prompt)
-            if isinstance(verdict, str):
-                connection.send((index, verdict))
-            board.put(index, verdict)
+            try:
+                _tell(connection, board, index, _verdict(verifiers[task], completion, prompt))
+            except MemoryError as error:
+                resource.setrlimit(resource.RLIMIT_DATA, _LIMITS)  # no room is left to say so
+                if first:
+                    _tell(connection, board, index, _reason(error))
+                else:
+                    board.start(index - 1)  # completions before it may have kept the memory: a new process tries it
+                os.killpg(os.getpid(), signal.SIGKILL)
+            first = False
         connection.send(DONE)
 
 
+def _tell(connection: Connection[object, object], board: Board, index: int, verdict: Verdict) -> None:
+    if isinstance(verdict, str):
+        connection.send((index, verdict))
+    board.put(index, verdict)
+
+
 def _verdict(verifier: Verifier, completion: str, prompt: Prompt) -> Verdict:
+    """Raises MemoryError alone, whatever the verifier raises."""
     try:
         if isinstance(verifier, WeightedSum):
             reward, answer = verifier.judge(completion, prompt)
@@ -144,6 +161,8 @@ def _verdict(verifier: Verifier, completion: str, prompt: Prompt) -> Verdict:
         if isinstance(score, Real) and math.isfinite(number := float(score)):
             return number, number
         return f"returned {score!a}, not a finite number"[:_REASON_LENGTH]
+    except MemoryError:
+        raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever others' code does is one completion's affair
         return _reason(error)
 

@@ -219,7 +219,7 @@ class RewardsConfig(BaseModel):
     timeout_s: limit for scoring ONE completion; past it the verifier's process is killed and the
         completion is masked, never scored zero.
     memory_mb: what a verifier may take beside its own data and what it has imported; past it Python raises MemoryError
-        in it, and the completion is masked.
+        in it, the completion is masked, and the scoring process starts anew.
     on_timeout: `mask` leaves a completion that got no verdict in time out of the loss; `zero` scores it 0, for tasks
         whose answers make the verifier slow on purpose.  A verifier that fails masks in any case.
     masked_limit: a run stops, naming the verifier, when a task's share of masked completions is above

@@ -101,7 +101,8 @@ def of_length(
     count: tokens of a prompt, as the policy reads it.
 
     Raises:
-        RewardsError: with `long_prompts: refuse`, when there is one; when all of a task's prompts are too long.
+        RewardsError: with `long_prompts: refuse`, when there is one; when all of a task's prompts are too long, or all
+            of a level of its curriculum.
     """
     limit = data.max_prompt_tokens
     if limit is None:
@@ -120,6 +121,7 @@ def of_length(
         train, validation, test = ([p for p in getattr(task, split) if p.text not in long] for split in SPLITS)
         if not train:
             raise RewardsError(f"task {name!r}: all prompts are longer than data.max_prompt_tokens ({limit}): raise it")
+        _check_levels(task.config, train, f" of at most data.max_prompt_tokens ({limit}); raise it")
         kept[name] = replace(task, train=_numbered(train), validation=_numbered(validation), test=_numbered(test))
         if long:
             lost[name] = len(long)
@@ -196,13 +198,17 @@ def _task(task: TaskConfig, data: DataConfig, entries: Sequence[Prompt], verifie
     balance = Balance(kept, task.answers.balance) if task.answers else None
     final = {split: _pool(task, data, split, pools[split], balance) for split in SPLITS}
     check_disjoint(task.name, final)
-    for level in task.curriculum.levels if task.curriculum else ():
-        if not any(prompt.payload["level"] == level for prompt in final["train"]):
-            raise RewardsError(
-                f"task {task.name!r}: level {level} of its curriculum has no training prompts; enlarge size, widen "
-                "answers or leave the level out"
-            )
+    _check_levels(task, final["train"], "; enlarge size, widen answers")
     return Task(name=task.name, config=task, verifier=with_settings(task, verifier), **final)
+
+
+def _check_levels(task: TaskConfig, train: Sequence[Prompt], remedy: str) -> None:
+    for level in task.curriculum.levels if task.curriculum else ():
+        if not any(prompt.payload["level"] == level for prompt in train):
+            raise RewardsError(
+                f"task {task.name!r}: level {level} of its curriculum has no training prompts{remedy} or leave the "
+                "level out"
+            )
 
 
 def _pool(

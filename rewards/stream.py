@@ -55,7 +55,7 @@ class PromptStream:
 
         Args:
             level: of the task's curriculum when the prompt was issued, by whoever kept it; else the stream knows it
-                of every prompt up to the present.
+                of every prompt up to the present.  Nothing to a task without a curriculum.
 
         Raises:
             ValueError: when `ordinal` is negative.
@@ -64,7 +64,9 @@ class PromptStream:
             raise ValueError(f"the stream starts at ordinal 0, asked for {ordinal}")
         cycles, position = divmod(ordinal, len(self._cycle))
         name, turn = self._cycle[position]
-        if level is None and name in self._curricula:
+        if name not in self._curricula:
+            level = None  # a payload may have a level of its own
+        elif level is None:
             level = self._curricula[name].level_of(ordinal)
         pool = self._pools[name, level]
         epoch, index = divmod(cycles * self._counts[name] + turn, len(pool))

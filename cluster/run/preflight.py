@@ -14,7 +14,7 @@ from cluster.zoo import paths as zoo
 from experts.config import EngineConfig, ExpertConfig
 from experts.loading import check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
-from experts.vllm_engine import check_installed, supports
+from experts.vllm_engine import check_installed, is_for_cpus, supports
 from learner.algorithms import ALGORITHMS
 from rewards.sources import Task, of_length
 
@@ -76,7 +76,7 @@ def check_models(config: RunConfig) -> None:
 
 def _check_quantized(key: str, config: EngineConfig, model: Mapping[str, Any]) -> None:
     method = model["quantized"]
-    if method is None:
+    if not method:
         return
     what = f"{config.model} is quantised ({method})"
     if key == "policy":
@@ -123,6 +123,8 @@ def _check_vllm(key: str, config: EngineConfig, model: Mapping[str, Any]) -> Non
         check_installed()
     except ValueError as error:
         raise ConfigError(f"{key}.{error}") from error
+    if not config.gpus and not is_for_cpus():
+        raise ConfigError(f"{key}.gpus: vLLM's build for GPUs is installed, and no GPU is asked for: give {key}.gpus=1")
     if not supports(model["architecture"]):
         raise ConfigError(
             f"{key}.engine: vLLM has no {model['architecture']} ({config.model}): take engine: transformers"

@@ -29,6 +29,7 @@ CASES = {
     "unknown key": ("learner.lerning_rate=1", "learning_rate"),
     "unknown task": ("data.tasks=[{name: t, dataset: chain_sun}]", "chain_sum"),
     "unknown model": ("policy.model=/nowhere/at/all", "policy.model"),
+    "unknown layer": ("experts.0.layer=99", "experts.0.layer"),
     "unknown world": ("policy.model=zoo/compossed/policy", "composed"),
     "empty task list": ("data.tasks=[]", "data.tasks is empty"),
     "group size 1": ("sampling.samples=1", "sampling.samples"),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.run import groups
 from rewards.config import CurriculumConfig, TaskConfig
 from rewards.curriculum import Curriculum
-from rewards.sources import Task, build_tasks
+from rewards.sources import Task, build_tasks, of_length
 from rewards.stream import PromptStream
 from rewards.verify import RewardsError
 from tests.rewards.conftest import LEGS, data_of
+from tests.rewards.test_worker import a_group
 
 GROWING = {
     "name": "sums",
@@ -60,6 +64,13 @@ def test_answers_that_are_right_raise_the_level_for_prompts_not_yet_issued(growi
     later = {terms(p.text) for n in range(30, 300) if (p := stream.prompt(n)).task == "sums"}
     assert later == {2, 3}
     assert stream.prompt(mine[0], level=2).payload["level"] == 2
+
+
+def test_a_group_s_prompt_keeps_its_level_in_a_file(growing: dict[str, Task], tmp_path: Path) -> None:
+    stream = PromptStream(growing, data_of(GROWING, LEGS))
+    mine = next(n for n in range(60) if stream.prompt(n).task == "sums")
+    groups.write(tmp_path, 1, [replace(a_group("1"), prompt=stream.prompt(mine, level=2))])
+    assert groups.read(tmp_path, 1, stream.prompt)[0].prompt == stream.prompt(mine, level=2) != stream.prompt(mine)
 
 
 def test_its_scoring_is_that_of_the_prompt_s_own_level(growing: dict[str, Task]) -> None:
@@ -149,3 +160,15 @@ def test_a_level_too_high_or_without_prompts_is_refused() -> None:
     small = GROWING | {"size": 40, "config": {}, "answers": {"min": 2, "max": 5}, "curriculum": {"levels": [0, 3]}}
     with pytest.raises(RewardsError, match="level 3 of its curriculum has no training prompts"):
         build_tasks(data_of(small))
+
+
+def test_a_level_whose_prompts_are_all_too_long_is_refused(growing: dict[str, Task]) -> None:
+    """Else a run would find out when it gets there, hours later."""
+    data = data_of(GROWING, LEGS).model_copy(update={"max_prompt_tokens": 20})
+    message = (
+        r"task 'sums': level 1 of its curriculum has no training prompts of at most data.max_prompt_tokens \(20\); "
+        "raise it or leave the level out"
+    )
+    long = {prompt.text for prompt in growing["sums"].train if prompt.payload["level"] == 1}
+    with pytest.raises(RewardsError, match=message):
+        of_length(growing, data, lambda prompt: 20 + (prompt.text in long))

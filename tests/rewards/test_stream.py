@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.run import groups
 from rewards.config import DataConfig
 from rewards.sources import Task, build_tasks
 from rewards.stream import PromptStream
 from rewards.verify import RewardsError
 from tests.rewards.conftest import BOTH, LEGS, SUMS, data_of
+from tests.rewards.test_worker import a_group
 from tests.rewards.verifiers import a_prompt
 
 
@@ -82,6 +87,17 @@ def test_a_stream_resumes_after_a_round_trip_through_json(tasks: dict[str, Task]
     expected = [first.prompt(n) for n in range(50)]
     again.restore(json.loads(json.dumps(first.state())))
     assert [again.prompt(n) for n in range(50)] == expected
+
+
+@pytest.mark.parametrize("own", [3, "hard", Fraction(1, 2)])
+def test_a_task_s_own_level_is_no_level_of_a_curriculum(tmp_path: Path, own: object) -> None:
+    tasks, data = fake_tasks({"x": 1.0})
+    pool = tuple(replace(prompt, payload={"level": own}) for prompt in tasks["x"].train)
+    stream = PromptStream({"x": replace(tasks["x"], train=pool)}, data)
+    group = replace(a_group("1"), prompt=stream.prompt(7))
+    groups.write(tmp_path, 1, [group])
+    assert groups.read(tmp_path, 1, stream.prompt)[0].prompt == group.prompt
+    assert stream.prompt(7, level=3) == group.prompt, "as in files that were written before"
 
 
 def test_the_state_of_another_configuration_is_refused(tasks: dict[str, Task], data: DataConfig) -> None:

@@ -21,6 +21,8 @@ from tests.rewards.verifiers import Obedient, Unloadable, a_prompt
 
 OK, TIMEOUT, ERROR = RewardStatus.OK, RewardStatus.TIMEOUT, RewardStatus.ERROR
 LIMIT_S = 1.0
+KEEP_40, KEEP_80 = "keep 1048576 40", "keep 1048576 80"
+KEEP_ALL = "keep 400 10000000"  # until not even an error message finds room
 
 
 def a_group(*texts: str, task: str = "task", ordinal: int = 0, answer: str = "2") -> Group:
@@ -47,6 +49,15 @@ def a_group(*texts: str, task: str = "task", ordinal: int = 0, answer: str = "2"
 def worker() -> Iterator[RewardWorker]:
     config = RewardsConfig(binary_at=None, timeout_s=LIMIT_S, memory_mb=256)
     made = RewardWorker({"task": Obedient(), "exact": ExactInteger()}, config, index=3)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[RewardWorker]:
+    """It waits for whoever eats slowly."""
+    config = RewardsConfig(binary_at=None, timeout_s=60.0, memory_mb=64)
+    made = RewardWorker({"task": Obedient(), "exact": ExactInteger()}, config)
     yield made
     made.close()
 
@@ -134,6 +145,21 @@ def test_a_verifier_that_fails_is_an_error_with_its_reason(worker: RewardWorker,
     assert [score.status for score in scores] == [OK, ERROR, OK]
     assert [scores[0].reward, scores[2].reward] == [1.0, 0.5]
     assert reason in scores[1].reason
+
+
+@pytest.mark.parametrize("command", [KEEP_80, KEEP_ALL])
+def test_a_verifier_that_keeps_what_it_eats_costs_its_own_completion_only(patient: RewardWorker, command: str) -> None:
+    before = patient.describe()["restarts"]
+    scored = patient.score_groups([a_group("0.5", command, "eat 50"), a_group("2", task="exact", ordinal=1)])
+    statuses = [score.status for group in scored for score in group.scores]
+    assert statuses == [OK, ERROR, OK, OK]
+    assert scored[0].scores[1].reason.startswith("MemoryError")
+    assert patient.describe()["restarts"] > before
+
+
+def test_nobody_is_blamed_for_memory_that_an_answer_before_it_has_kept(patient: RewardWorker) -> None:
+    assert [score.status for score in verdicts(patient, KEEP_40, "1", "eat 50", KEEP_40)] == [OK] * 4
+    assert [score.status for score in verdicts(patient, "eat 50")] == [OK], "the first of its call"
 
 
 def test_a_failure_first_and_last_in_a_batch(worker: RewardWorker) -> None:

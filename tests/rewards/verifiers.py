@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rewards.config import DataConfig, TaskConfig
 from rollout.types import Message, Prompt
@@ -20,6 +20,8 @@ def a_prompt(task: str = "task", text: str = "1 + 1 =", answer: str = "2", ordin
 class Obedient:
     """Does what the completion says."""
 
+    kept: ClassVar[list[bytes]] = []
+
     def score(self, completion: str, prompt: Prompt) -> Any:
         command, _, argument = completion.partition(" ")
         if command == "sleep":
@@ -29,6 +31,10 @@ class Obedient:
             return float(bool(re.fullmatch(r"(a+)+b", "a" * 60)))
         if command == "eat":
             return float(len(bytearray(int(argument) * 2**20)) > 0)
+        if command == "keep":
+            size, count = map(int, argument.split())
+            self.kept.extend(bytes(size) for _ in range(count))
+            return 1.0
         if command == "raise":
             raise LookupError(argument)
         if command == "exit":

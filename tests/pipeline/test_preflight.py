@@ -1,0 +1,165 @@
+"""What is refused before anything expensive starts, with the key and the numbers, and what is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config import ConfigError, RunConfig, load, parse
+from cluster.run import preflight
+from experts.loading import ModelError, load_frozen, load_tokenizer, tokenize
+from rewards.sources import build_tasks
+from tests.models import make
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+VLLM = {"engine": "vllm", "dtype": "float16"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of two layers and 512 positions, some of which cannot be used."""
+    folder = tmp_path_factory.mktemp("models")
+    make(folder / "good", "qwen2")
+    make(folder / "endless", "qwen2", end=False)
+    shutil.copytree(folder / "good", folder / "unreadable")
+    (folder / "unreadable" / "tokenizer.json").write_text('{"version": "1.0"}')
+    for method in ("awq", "compressed-tensors"):
+        shutil.copytree(folder / "good", folder / method)
+        values = json.loads((folder / "good" / "config.json").read_text())
+        quantization = {"quant_method": method, "bits": 4, "group_size": 16, "zero_point": True}
+        (folder / method / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def vllm_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has every model; importing it takes seconds."""
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    monkeypatch.setattr(preflight, "supports", lambda architecture: True)
+
+
+def config(models: Path, expert: dict[str, Any], policy: dict[str, Any], **settings: Any) -> RunConfig:
+    """A run with one expert."""
+    named = [{"model": "good"} | values for values in (expert, policy)]
+    expert, policy = ({**values, "model": str(models / values["model"])} for values in named)
+    task = {"name": "digits", "plugin": "tests.plugins:Digits"}
+    values = {
+        "run": "r",
+        "steps": 1,
+        "data": {"tasks": [task]} | settings.pop("data", {}),
+        "experts": [{"name": "e"} | expert],
+        "policy": policy,
+        "sampling": {"max_new_tokens": 10},
+    }
+    return parse(values | settings, "test")
+
+
+@pytest.mark.parametrize(
+    ("expert", "policy", "message"),
+    [
+        ({"layer": 99}, {}, r"experts.0.layer: 99 is none of the 2 layers of .*good: take 0 .* to 2, or -1 .* to -3"),
+        ({"layer": -4}, {}, "experts.0.layer: -4 is none"),
+        ({"model": "endless"}, {}, "experts.0.model: .* no end token"),
+        ({}, {"model": "endless"}, "policy.model: .* no end token"),
+        ({"model": "unreadable"}, {}, "experts.0.model: .*unreadable': its tokenizer cannot be read: KeyError"),
+        ({}, {"model": "awq"}, r"policy.model: .*awq is quantised \(awq\), and the learner needs gradients"),
+        ({}, {"model": "awq"} | VLLM, "policy.model: .* the learner needs gradients"),
+        ({"model": "awq"}, {}, r"experts.0.model: .*awq is quantised \(awq\): take experts.0.engine: vllm"),
+        ({"model": "awq", "engine": "vllm"}, {}, r"experts.0.dtype: .*\(awq\).* float32: take float16 or bfloat16"),
+        (
+            {"max_model_tokens": 128} | VLLM,
+            {},
+            r"experts.0.max_tokens 512 \+ sampling.max_new_tokens 10 is more than experts.0.max_model_tokens, 128",
+        ),
+        ({"max_model_tokens": 128, "max_tokens": 119} | VLLM, {}, r"experts.0.max_tokens 119 \+ sampling.max_new_t"),
+        (VLLM, {}, r"experts.0.max_tokens 512 \+ .* more than the positions of .*good, 512"),
+        ({"max_tokens": 513}, {}, "experts.0.max_tokens 513 is more than the positions of .*good, 512"),
+    ],
+)
+def test_a_model_that_cannot_do_what_is_asked_is_refused(
+    models: Path, expert: dict[str, Any], policy: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_models(config(models, expert, policy))
+
+
+@pytest.mark.parametrize(
+    "expert",
+    [
+        {"layer": 0},
+        {"layer": 2},
+        {"layer": -3},
+        {"max_tokens": 512},
+        {"max_model_tokens": 128, "max_tokens": 118} | VLLM,
+        {"model": "awq", "max_tokens": 64} | VLLM,
+        {"model": "compressed-tensors", "max_tokens": 64, "engine": "vllm"},
+    ],
+)
+def test_a_model_that_just_can_is_not(models: Path, expert: dict[str, Any]) -> None:
+    preflight.check_models(config(models, expert, {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit", "whose"),
+    [
+        (VLLM | {"max_model_tokens": 60}, 60, "policy.max_model_tokens"),
+        (VLLM, 512, "positions"),
+        ({}, 512, "positions"),
+    ],
+)
+def test_a_policy_without_room_for_its_answers_is_refused(
+    models: Path, policy: dict[str, Any], limit: int, whose: str
+) -> None:
+    """Of the limit, 8 latents and 10 new tokens are not the prompt's."""
+    preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 18}))
+    sum_of = rf"data.max_prompt_tokens {limit - 17} \+ router.latents 8 \+ sampling.max_new_tokens 10"
+    with pytest.raises(ConfigError, match=f"{sum_of} is more than .*{whose}.*, {limit}: .* cut short"):
+        preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 17}))
+
+
+def test_without_a_limit_the_longest_prompt_must_leave_room(models: Path) -> None:
+    made = config(models, {}, VLLM)
+    tasks = build_tasks(made.data)
+    tokenizer = load_tokenizer(str(models / "good"))
+    longest = max(len(tokenize(tokenizer, prompt.messages)) for prompt in tasks["digits"].train)
+    enough = config(models, {}, VLLM | {"max_model_tokens": longest + 18})
+    assert preflight.check_prompts(enough, tasks, print) == tasks
+    with pytest.raises(ConfigError, match=rf"the longest prompt .*data.max_prompt_tokens\) {longest} \+ router"):
+        preflight.check_prompts(config(models, {}, VLLM | {"max_model_tokens": longest + 17}), tasks, print)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+def test_no_shipped_recipe_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
+    monkeypatch.setattr(preflight, "model_path", lambda reference: str(models / "good"))
+    preflight.check_models(load(recipe))
+
+
+def test_a_package_that_a_quantised_model_needs_is_named(models: Path) -> None:
+    with pytest.raises(ModelError, match=r"awq' cannot be loaded: .*AWQ.* requires"):
+        load_frozen(str(models / "awq"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"max_model_tokens": 128}, "policy: max_model_tokens is a setting of vLLM: take engine: vllm"),
+        ({"kv_cache_gb": 1.0}, "policy: kv_cache_gb is a setting"),
+        ({"gpu_memory_utilization": 0.5, "gpus": 1}, "policy: gpu_memory_utilization is a setting"),
+        ({"eager": False}, "policy: eager is a setting"),
+        (VLLM | {"gpus": 0.5, "kv_cache_gb": 1.0}, "kv_cache_gb 1 is for machines without GPUs: with gpus 0.5"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(models: Path, policy: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(models, {}, policy)
+
+
+@pytest.mark.parametrize("policy", [{}, {"gpus": 1}, VLLM | {"gpus": 1}, VLLM | {"kv_cache_gb": 1.0}])
+def test_a_run_s_own_config_names_every_setting_and_loads_again(models: Path, policy: dict[str, Any]) -> None:
+    made = config(models, {}, policy)
+    assert parse(yaml.safe_load(made.as_yaml()), "again") == made
