@@ -159,6 +159,40 @@ def logs(
 
 
 @app.command()
+def status(
+    run: RunPath,
+    once: Annotated[bool, typer.Option("--once", help="One picture instead of a live one.")] = False,
+) -> None:
+    """Watch a run in the terminal, from any machine that sees its folder."""
+    from cluster.run.folder import RunFolder
+    from cluster.watch.status import RunStatus, show
+
+    config = RunFolder(run).saved_config()
+    show(RunStatus(run.resolve(), [expert.name for expert in config.experts], config.steps), console, once)
+
+
+@app.command()
+def metrics(
+    out: Annotated[Path, typer.Option(help="Where the files go.")] = Path("monitoring"),
+    session: Annotated[
+        Path | None, typer.Option("--ray", help="The folder of Ray's sessions.", show_default="/tmp/ray")
+    ] = None,
+) -> None:
+    """Write what Prometheus and Grafana need to watch runs on this machine's Ray cluster."""
+    from cluster.watch.dashboards import write
+
+    home = session or Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    for path in write(out, home):
+        console.print(path, highlight=False, soft_wrap=True)
+    console.print(
+        f"then: prometheus --config.file={out}/prometheus/prometheus.yml --web.listen-address=127.0.0.1:9090\n"
+        f"and:  grafana-server --homepath /usr/share/grafana --config {out}/grafana/grafana.ini",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def stop(job: JobName, address: Address = None) -> None:
     """Stop a job after the step in progress, with a checkpoint."""
     from cluster.jobs.client import Jobs
@@ -269,14 +303,18 @@ def score(
 
 @app.command()
 def doctor(
-    address: Annotated[str | None, typer.Option(help="A Ray cluster's address to look at.")] = None,
-    runs: Annotated[Path, typer.Option(help="Where run folders are to go.")] = Path("runs"),
+    config: Annotated[Path | None, typer.Argument(help="A recipe to check against what there is.")] = None,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to look at, such as host:6379.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where run folders are to go, without a recipe.")] = Path("runs"),
 ) -> None:
-    """Check this machine: versions, compiler, memory, disk, Ray.  Exit status 0 or 1."""
-    from cluster.jobs.doctor import checks, report
+    """Check this machine, a cluster, and a recipe against them.  Exit status 0 or 1."""
+    from cluster.config import load
+    from cluster.jobs.doctor import examine
     from cluster.zoo.paths import zoo_root
 
-    raise typer.Exit(report(checks(runs=runs, zoo=zoo_root(), address=address), console))
+    settings = load(config, overrides or []) if config else None
+    raise typer.Exit(examine(settings, runs, zoo_root(), address, console))
 
 
 def _print_plan(settings: object) -> None:

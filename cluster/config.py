@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +118,8 @@ class RunConfig(BaseModel):
     """Everything a run depends on.
 
     run: name of the run's folder under `root`.
+    root: a folder, or a URL such as `s3://bucket/runs` that every checkpoint is copied to (with fsspec, which needs the
+        package of that kind of storage).
     seed: of training (router's start, sampling, expert dropout); zoo, data and evaluation have their own.
     steps: updates of the router.
     max_staleness: S; no group is trained more than S updates after the router that produced it, and
@@ -174,8 +178,8 @@ class RunConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.root).expanduser() / self.run
+        """The run's folder; of a root that is a URL, the one on this machine that is copied there."""
+        return (staging(self.root) if is_url(self.root) else Path(self.root).expanduser()) / self.run
 
     def models(self) -> dict[str, str]:
         """Configuration key -> model reference, the policy included."""
@@ -190,6 +194,17 @@ class RunConfig(BaseModel):
     def as_yaml(self) -> str:
         """The resolved configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def is_url(root: str) -> bool:
+    """Whether a run's root is a URL that fsspec understands, and not a path."""
+    return "://" in root
+
+
+def staging(root: str) -> Path:
+    """Where the driver writes the runs of a URL: in `MUSKETEERS_STAGING`, else ~/.cache/n-musketeers/runs."""
+    base = Path(os.environ.get("MUSKETEERS_STAGING") or "~/.cache/n-musketeers/runs").expanduser()
+    return base / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:12]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -22,12 +22,13 @@ T = TypeVar("T")
 
 # A job that is told to stop finishes its step and writes a checkpoint; after this it is killed.
 STOP_WAIT_S = 900
-RUN, CONFIGURATION = "run", "configuration"  # keys of a job's metadata
+# Keys of a job's metadata; the first is what Ray's dashboard shows as its name.
+RUN, CONFIGURATION = "job_name", "configuration"
 # -P: nothing in the folder where a job happens to start shadows our packages.
 ENTRYPOINT = "python -P -u -m cluster.jobs.entry"
 
 
-class JobError(RuntimeError):
+class JobError(ValueError):
     """A request to the cluster's job server that failed; the message says what to do."""
 
 
@@ -180,7 +181,7 @@ class Jobs:
         try:
             return request()
         except AuthenticationError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].split(". ")[0]
             raise JobError(
                 f"the cluster at {self.address} wants its token ({reason}): set RAY_AUTH_MODE=token, and "
                 "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own (on the head node: ray get-auth-token)"

@@ -6,6 +6,7 @@ the doctor is called for.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import os
@@ -16,7 +17,6 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,33 +27,59 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.config import RunConfig
+from cluster.jobs import cluster_checks
+from cluster.jobs.findings import GIB, Check
 from experts import vllm_engine
 from learner.compiled import OP, op_folder, stale_lock
 
 DISTRIBUTION = "n-musketeers"
 PREBUILD = "run .venv/bin/python scripts/prebuild_deepspeed.py"
-GIB = 2**30
+PORTS = {6379: "Ray", 8265: "its dashboard"}
 # A worker that has imported torch and transformers holds about half a GiB; the smallest run has a handful.
 MIN_MEMORY_GIB = 4.0
 MIN_DISK_GIB = 5.0
 CONNECT_TIMEOUT_S = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding; `remedy` says what to do where `ok` is False."""
+def examine(config: RunConfig | None, runs: Path, zoo: Path, address: str | None, console: Console) -> int:
+    """Checks this machine, then the cluster if there is one, and what a configuration needs of either.
 
-    name: str
-    ok: bool
-    detail: str
-    remedy: str = ""
+    Prints the findings and returns the exit status: 0 when all is fine, else 1.
+    """
+    address = address or (config.ray.address if config else None) or os.environ.get("RAY_ADDRESS")
+    memory = max(MIN_MEMORY_GIB, cluster_checks.memory_gib(config) if config and not address else 0.0)
+    found = checks(runs=Path(config.root) if config else runs, zoo=zoo, address=address, memory_gib=memory)
+    table = None
+    if config:
+        found += _guarded("models", lambda: cluster_checks.config_checks(config))
+        if not address:
+            found += _guarded("resources", lambda: cluster_checks.local_resources(config))
+    if address and all(check.ok for check in found if check.name == "Ray"):
+        with console.status("looking at the cluster from inside"):
+            inside = cluster_checks.look_inside(address, config)
+        found += _guarded("Ray cluster", lambda: cluster_checks.cluster_checks(inside, config))
+        if "nodes" in inside:
+            table = cluster_checks.nodes_table(inside, config)
+    status = report(found, console)
+    if table is not None:
+        console.print(table)
+    return status
 
 
-def checks(*, runs: Path, zoo: Path, address: str | None = None, distribution: str = DISTRIBUTION) -> list[Check]:
-    """All checks, in the order in which they are best mended.
+def checks(
+    *,
+    runs: Path,
+    zoo: Path,
+    address: str | None = None,
+    distribution: str = DISTRIBUTION,
+    memory_gib: float | None = None,
+) -> list[Check]:
+    """All checks of this machine, in the order in which they are best mended.
 
     runs: the folder that will hold the runs' folders.
     zoo: root of the cache of built models.
+    memory_gib: that must be available; by default what the smallest run wants.
     address: of the Ray cluster, as Ray understands it; None takes RAY_ADDRESS, and without either the
         check is left out.
     distribution: whose requirements are checked.
@@ -65,10 +91,11 @@ def checks(*, runs: Path, zoo: Path, address: str | None = None, distribution: s
         ("DeepSpeed op", _deepspeed_op),
         ("vLLM", _vllm),
         ("GPUs", _gpus),
-        ("memory", _memory),
+        ("memory", lambda: _memory(memory_gib or MIN_MEMORY_GIB)),
         ("disk", lambda: _disk(runs)),
         ("runs folder", lambda: _writable("runs folder", runs)),
         ("zoo cache", lambda: _writable("zoo cache", zoo)),
+        ("ports", _ports),
     ):
         found += _guarded(name, check)
     if address:
@@ -188,11 +215,29 @@ def _gpus() -> Check:
     return Check("GPUs", True, "none: everything runs on the CPU")
 
 
-def _memory() -> Check:
+def _memory(wanted: float) -> Check:
     memory = psutil.virtual_memory()
     detail = f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f}, {os.cpu_count()} CPUs"
-    remedy = f"end other programs: a run wants {MIN_MEMORY_GIB:.0f} GiB"
-    return Check("memory", memory.available >= MIN_MEMORY_GIB * GIB, detail, remedy)
+    remedy = f"end other programs, or take fewer workers: a run wants {wanted:.1f} GiB"
+    return Check("memory", memory.available >= wanted * GIB, detail, remedy)
+
+
+def _ports() -> Check:
+    """Ray's own ports here; a run that starts its own cluster takes others where these are taken."""
+    taken = []
+    for port, what in PORTS.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    return Check(
+                        "ports", False, f"{port} ({what}): {error.strerror}", "let programs listen on loopback"
+                    )
+                taken.append(f"{port} ({what})")
+    detail = f"taken: {', '.join(taken)}; a run takes others" if taken else "Ray's own are free"
+    return Check("ports", True, detail)
 
 
 def _disk(folder: Path) -> Check:

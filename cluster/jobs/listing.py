@@ -17,7 +17,9 @@ STYLES = {"SUCCEEDED": "green", "FAILED": "bold red", "STOPPED": "yellow", "RUNN
 
 def table(jobs: Sequence[Job]) -> Table:
     """One row a job; of a message of several lines the last one, which says how it ended."""
-    shown = Table("run", "state", "started", "took", "job", "message", title=f"{len(jobs)} jobs" if jobs else "no jobs")
+    shown = Table("run", "state", "started", "took", title=f"{len(jobs)} jobs" if jobs else "no jobs")
+    shown.add_column("job", no_wrap=True)
+    shown.add_column("message", overflow="fold")
     for job in jobs:
         took = (job.ended or time.time()) - job.started if job.started else None
         started = f"{datetime.fromtimestamp(job.started):%Y-%m-%d %H:%M}" if job.started else DASH

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import ConfigError, RunConfig
+from cluster.config import ConfigError, RunConfig, is_url
 from cluster.zoo import paths as zoo
 
 
 def absolute(config: RunConfig) -> RunConfig:
     """The configuration with every path of this machine written out, for a job that starts somewhere else."""
     values = config.model_dump(mode="json")
-    values["root"] = _absolute(values["root"])
+    if not is_url(values["root"]):
+        values["root"] = _absolute(values["root"])
     for expert in values["experts"]:
         expert["model"] = _model(expert["model"])
     values["policy"]["model"] = _model(values["policy"]["model"])
@@ -36,14 +38,35 @@ def digest_of(config: RunConfig) -> str:
 
 
 def places(config: RunConfig) -> dict[str, str]:
-    """Configuration key -> folder that other nodes must see too: the run's, and those of local models."""
-    found = {"root": str(Path(config.root).expanduser().absolute())}
+    """Configuration key -> folder that other nodes must see too: the runs', and those of local models.
+
+    Runs at a URL need no folder: only their driver opens it, and does so before anything starts.
+    """
+    found = {} if is_url(config.root) else {"root": str(Path(config.root).expanduser().absolute())}
     for key, reference in config.models().items():
         if zoo.is_zoo(reference):
             found["the zoo (MUSKETEERS_ZOO)"] = str(zoo.zoo_root().absolute())
         elif Path(reference).expanduser().exists():
             found[key] = str(Path(reference).expanduser().absolute())
     return found
+
+
+@contextlib.contextmanager
+def marked(root: str | None) -> Iterator[str]:
+    """Leaves a file in the runs' folder for as long as nodes look for it: a folder of the same name may be another.
+
+    The file's name; empty when there is no folder, or none that can be written here.
+    """
+    if root is None or (os.path.isdir(root) and not os.access(root, os.W_OK)):
+        yield ""
+        return
+    Path(root).mkdir(parents=True, exist_ok=True)
+    marker = Path(root) / f".seen-by-{secrets.token_hex(8)}"
+    marker.touch()
+    try:
+        yield marker.name
+    finally:
+        marker.unlink()
 
 
 @dataclass(frozen=True)
@@ -68,14 +91,8 @@ def check_shared(config: RunConfig, ask: Callable[..., Sequence[Seen]]) -> None:
         ConfigError: naming the key, the place and the node.
     """
     wanted = places(config)
-    folder = Path(wanted["root"])
-    folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / f".seen-by-{secrets.token_hex(8)}"
-    marker.write_text("this folder is shared\n")
-    try:
-        answers = ask(wanted, marker.name)
-    finally:
-        marker.unlink()
+    with marked(wanted.get("root")) as marker:
+        answers = ask(wanted, marker)
     for seen in answers:
         for key in seen.unseen:
             raise ConfigError(
@@ -88,9 +105,11 @@ def check_shared(config: RunConfig, ask: Callable[..., Sequence[Seen]]) -> None:
 def look(wanted: Mapping[str, str], marker: str) -> Seen:
     """Runs on a node: which of the places it does not see; `marker` is a file in the run folder's root."""
     unseen = [key for key, place in wanted.items() if not os.path.isdir(place)]
-    if "root" not in unseen and not os.path.exists(os.path.join(wanted["root"], marker)):
-        unseen.append("root")
-    unwritable = [] if "root" in unseen or os.access(wanted["root"], os.W_OK) else ["root"]
+    if "root" not in wanted or "root" in unseen:
+        return Seen("", tuple(unseen), ())
+    if marker and not os.path.exists(os.path.join(wanted["root"], marker)):
+        return Seen("", (*unseen, "root"), ())
+    unwritable = [] if os.access(wanted["root"], os.W_OK) else ["root"]
     return Seen("", tuple(unseen), tuple(unwritable))
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from cluster.config import RunConfig, changed_keys, parse
+from cluster.config import RunConfig, changed_keys, is_url, parse
+from cluster.run.mirror import Mirror
 
 NEEDED_BYTES = 256 * 2**20
 
@@ -22,10 +23,13 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """Paths inside `runs/<name>/`, and the lock that refuses a second driver."""
+    """Paths inside `runs/<name>/`, and the lock that refuses a second driver.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    mirror: the copy at the URL of the runs, if they have one.
+    """
+
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
+        self.path, self.mirror = path, mirror
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.eval = path / "eval.jsonl"
@@ -34,6 +38,25 @@ class RunFolder:
         self.groups = path / "groups"
         self.dead_letters = path / "dead_letters.jsonl"
         self._lock = FileLock(str(path) + ".lock")
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunFolder:
+        """The folder of a configuration's run.
+
+        Raises:
+            ConfigError: when its root is a URL that cannot be opened.
+        """
+        path = config.folder
+        return cls(path, Mirror(config.root, config.run, path) if is_url(config.root) else None)
+
+    def started(self) -> bool:
+        """Whether there is a run to go on with, here or at its URL."""
+        return self.mirror.exists() if self.mirror else self.config.is_file()
+
+    def fetch(self) -> None:
+        """Takes over the copy of a run at a URL: its last driver may have been on another machine."""
+        if self.mirror:
+            self.mirror.pull()
 
     def lock(self) -> None:
         """Refuses a second driver.
@@ -87,6 +110,8 @@ class RunFolder:
         """Makes the folder and writes the configuration; call after `check`."""
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
+        if overwrite and self.mirror:
+            self.mirror.clear()
         self.path.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config.as_yaml())
 
@@ -99,6 +124,15 @@ class RunFolder:
         if not self.config.is_file():
             raise RunFolderError(f"{self.path} is no run's folder: it has no config.yaml")
         return parse(yaml.safe_load(self.config.read_text()), str(self.config))
+
+    def share(self, note: Callable[[str], None]) -> None:
+        """Brings the copy up to date; what fails is said and tried again the next time, the folder here is whole."""
+        if self.mirror is None:
+            return
+        try:
+            self.mirror.push()
+        except Exception as error:  # noqa: BLE001 - every kind of storage has exceptions of its own
+            note(f"{self.mirror.url} could not be brought up to date, {self.path} is whole: {error}")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json` whole or not at all."""

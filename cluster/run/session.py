@@ -248,17 +248,22 @@ async def make_driver(
 
 @contextlib.contextmanager
 def stop_on_signals(driver: Driver, watch: Watch) -> Iterator[None]:
-    """Ctrl-C and SIGTERM finish the step in progress and write a checkpoint; a second one ends at once."""
+    """Ctrl-C and SIGTERM finish the step in progress and write a checkpoint; a second Ctrl-C ends at once.
+
+    A second SIGTERM does not: schedulers send several, and then wait before they kill.
+    """
     loop = asyncio.get_running_loop()
 
-    def stop() -> None:
+    def stop(number: int) -> None:
         if driver.stop.is_set():
-            sys.exit(INTERRUPTED)
+            if number == signal.SIGINT:
+                sys.exit(INTERRUPTED)
+            return
         watch.note("stopping after this step, with a checkpoint; press Ctrl-C again to end at once")
         driver.request_stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:

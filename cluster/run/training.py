@@ -17,7 +17,7 @@ from rewards.sources import build_tasks
 
 def started_before(config: RunConfig) -> bool:
     """Whether there is a run of this name to go on with."""
-    return RunFolder(config.folder).config.is_file()
+    return RunFolder.of(config).started()
 
 
 def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) -> int:
@@ -27,9 +27,11 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         ValueError: one line for the user, before anything expensive starts.
     """
     check_names(config)
-    folder = RunFolder(config.folder)
+    folder = RunFolder.of(config)
     folder.lock()
     try:
+        if not overwrite:
+            folder.fetch()
         folder.check(config, resume, overwrite)
         if resume and checkpoint.steps(folder.checkpoints):
             checkpoint.read(folder.checkpoints)
@@ -39,6 +41,9 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         check_models(config)
         tasks = check_prompts(config, tasks, lambda note: console.print(note, highlight=False))
         folder.prepare(config, overwrite)
-        return asyncio.run(Session(config, folder, tasks, console).run()).status
+        try:
+            return asyncio.run(Session(config, folder, tasks, console).run()).status
+        finally:
+            folder.share(console.print)
     finally:
         folder.unlock()

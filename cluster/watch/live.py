@@ -89,13 +89,13 @@ class LiveWatch:
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._lock = threading.Lock()  # rich redraws from a thread of its own
-        self._frame = _Frame(Plan(name="", total_steps=0, tasks=(), experts=()), Pace(clock))
+        self._frame = Frame(Plan(name="", total_steps=0, tasks=(), experts=()), Pace(clock))
         self._clock = clock
         self._live: Live | None = None
 
     def start(self, plan: Plan) -> None:
         """Begin to draw."""
-        self._frame = _Frame(plan, Pace(self._clock))
+        self._frame = Frame(plan, Pace(self._clock))
         self._live = Live(console=self._console, refresh_per_second=2, get_renderable=lambda: self)
         self._live.start()
 
@@ -123,7 +123,7 @@ class LiveWatch:
             yield from console.render(self._frame.layout(options.max_width, height), options.update(height=height))
 
 
-class _Frame:
+class Frame:
     """The display's state and its arrangement on the screen."""
 
     def __init__(self, plan: Plan, pace: Pace) -> None:

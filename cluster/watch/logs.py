@@ -53,6 +53,29 @@ def read(path: Path) -> list[Line]:
     return [record for _, record in _lines(path)]
 
 
+class Follower:
+    """Reads what others append to a log, again and again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode, self._at = 0, 0
+
+    def read(self) -> tuple[list[Line], bool]:
+        """Records that are new, and whether the log was cut back or replaced, so that they are all there are."""
+        try:
+            with self.path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                cut = self._at > 0 and (stat.st_ino != self._inode or stat.st_size < self._at)
+                self._inode, self._at = stat.st_ino, 0 if cut else self._at
+                file.seek(self._at)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            cut, self._at = self._at > 0, 0
+            return [], cut
+        self._at += len(whole) + len(newline)
+        return [record for raw in whole.split(b"\n") if (record := _parsed(raw)) is not None], cut
+
+
 def cut_back(path: Path, keep: int | Callable[[Line], bool]) -> int:
     """Drop the records a resumed run is about to write again, and any torn last line; returns how many.
 

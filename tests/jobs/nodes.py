@@ -105,10 +105,9 @@ class Cluster:
 
     def head(self, *options: str) -> Node:
         """The head node."""
-        dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}"]
         return self._start(
-            "--head", f"--port={self.port}", f"--temp-dir={self.temporary}", f"--ray-client-server-port={self.client}", *dashboard,
-            *options,
+            "--head", f"--port={self.port}", f"--temp-dir={self.temporary}", f"--ray-client-server-port={self.client}",
+            "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}", *options,
         )  # fmt: skip
 
     def worker(self, *options: str) -> Node:
@@ -143,6 +142,12 @@ class Cluster:
         )  # fmt: skip
         assert not check or run.returncode == 0, run.stdout + run.stderr
         return run
+
+    def grown(self, count: int, *options: str) -> None:
+        """That many workers, one after the other: a raylet gives up when it needs more than half a minute to start."""
+        for _ in range(count):
+            self.worker(*options)
+            self.alive(len(self.nodes))
 
     def alive(self, count: int) -> None:
         """Waits until so many nodes are in the cluster."""
