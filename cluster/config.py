@@ -92,6 +92,16 @@ class RayConfig(BaseModel):
     placement: PlacementConfig = PlacementConfig()
 
 
+class TrackingConfig(BaseModel):
+    """Where a run's metrics go beside its own folder, TensorBoard and Prometheus.
+
+    wandb: a project of Weights & Biases (`pip install wandb`); None sends nothing anywhere.
+    """
+
+    model_config = FROZEN
+    wandb: str | None = None
+
+
 class PipelineConfig(BaseModel):
     """How prompts flow; `max_staleness` says how far ahead of the learner.
 
@@ -147,6 +157,7 @@ class RunConfig(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     pipeline: PipelineConfig = PipelineConfig()
+    tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -278,6 +289,7 @@ RESUMABLE = (
     "execution",
     "threads",
     "ray",
+    "tracking",
     "cache",
     "checkpoint",
     "evaluation",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ConfigError, RunConfig
+from cluster.watch import wandb_run
 from cluster.zoo import paths as zoo
 from experts.config import EngineConfig, ExpertConfig
 from experts.loading import check_end_token, describe, load_tokenizer, tokenize
@@ -33,6 +34,8 @@ def check_names(config: RunConfig) -> None:
     Raises:
         ValueError: one line, naming the key and the remedy.
     """
+    if config.tracking.wandb:
+        wandb_run.check_installed()
     if config.router.kind != "perceiver":
         load_plugin(config.router.kind, "router.kind")
     if config.algorithm.kind not in ALGORITHMS:

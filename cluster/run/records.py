@@ -38,6 +38,10 @@ class Export(Protocol):
         """One finished step."""
         ...
 
+    def close(self) -> None:
+        """After the last one."""
+        ...
+
 
 class Records:
     """The driver's sink: metrics, TensorBoard, groups, checkpoints, evaluations, summary and report.
@@ -119,6 +123,14 @@ class Records:
         """One line of `eval.jsonl`: `kind` is before, validation or after."""
         self._eval.append({"step": step, "kind": kind, "systems": systems, "attention": dict(attention or {})})
 
+    def close(self) -> None:
+        """Ends what writes elsewhere; any number of times."""
+        if self._board is not None:
+            self._board.close()
+        for export in self.exports:
+            export.close()
+        self.exports.clear()
+
     def finish(
         self,
         driver: Driver,
@@ -131,8 +143,7 @@ class Records:
         console: Console,
     ) -> None:
         """Summary, figure, report, and the table people read."""
-        if self._board is not None:
-            self._board.close()
+        self.close()
         verdict = print_results(console, after, before=before, attention=attention_by_task(attention))
         router = started.shape
         self.folder.write_summary(

@@ -37,6 +37,7 @@ from cluster.watch.live import Plan, Watch, make_watch
 from cluster.watch.message import JobMessage
 from cluster.watch.statusfile import StatusFile
 from cluster.watch.telemetry import Telemetry
+from cluster.watch.wandb_run import WandbRun
 from experts.state import load_router
 from rewards.sources import Task
 from rewards.stream import PromptStream
@@ -71,7 +72,7 @@ class Session:
             leaving.callback(started.fleet.close)
             leaving.callback(self.watch.stop)
             try:
-                return await self._train(started, resumed, begun)
+                return await self._train(started, resumed, begun, leaving)
             except started.fleet.backend.errors as error:
                 # While training and measuring, faults are dealt with; before that there is nothing to lose yet.
                 fault = started.fleet.backend.fault(error, started.fleet)
@@ -105,7 +106,9 @@ class Session:
         self.console.print(placement.table(wanted, nodes))
         placement.check(wanted, nodes)
 
-    async def _train(self, started: Started, resumed: checkpoint.Checkpoint | None, begun: float) -> Outcome:
+    async def _train(
+        self, started: Started, resumed: checkpoint.Checkpoint | None, begun: float, leaving: contextlib.ExitStack
+    ) -> Outcome:
         fleet = started.fleet
         records = Records(self.config, self.folder, self.watch, started.shape)
         # A run that was killed before its first checkpoint starts anew, with what is left in its logs cut away.
@@ -116,6 +119,7 @@ class Session:
         if resumed is None:
             await driver.save()
         monitor = self._monitor(driver, records)
+        leaving.callback(records.close)
         async with monitor.watching():
             outcome = await self._through(started, driver, records, monitor, begun)
             monitor.phase = "stopped" if outcome.stopped else "finished"
@@ -124,6 +128,9 @@ class Session:
     def _monitor(self, driver: Driver, records: Records) -> Monitor:
         """Who is told how the run is doing, all along."""
         config = self.config
+        if config.tracking.wandb:
+            values = config.model_dump(mode="json")
+            records.exports.append(WandbRun(config.tracking.wandb, config.run, self.folder.path, values))
         if config.execution == "inline":
             return Monitor(driver, [StatusFile(self.folder.path)])
         telemetry = Telemetry(config.run, config.steps, config.max_staleness)

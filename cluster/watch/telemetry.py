@@ -119,6 +119,9 @@ class Telemetry:
             # An observation of 0 is refused; every age lies in the bucket of its number.
             self._made["staleness"].observe(max(version - made, 1e-9), self._run)
 
+    def close(self) -> None:
+        """Ray's agent forgets the metrics with this process."""
+
     def now(self, moment: Any) -> None:
         """Exports a moment; see `cluster.run.monitor.Now`."""
         if moment.step != self._step:
