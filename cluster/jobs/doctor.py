@@ -49,7 +49,7 @@ def examine(config: RunConfig | None, runs: Path, zoo: Path, address: str | None
     """
     address = address or (config.ray.address if config else None) or os.environ.get("RAY_ADDRESS")
     memory = max(MIN_MEMORY_GIB, cluster_checks.memory_gib(config) if config and not address else 0.0)
-    found = checks(runs=Path(config.root) if config else runs, zoo=zoo, address=address, memory_gib=memory)
+    found = checks(runs=config.folder.parent if config else runs, zoo=zoo, address=address, memory_gib=memory)
     table = None
     if config:
         found += _guarded("models", lambda: cluster_checks.config_checks(config))

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 CURRICULUM = str(ROOT / "configs" / "curriculum.yaml")
-PACKAGES = "run scripts/system_packages.sh"
+PACKAGES = "run scripts/system-packages.sh --slow-tests"
 # Every worker that holds a model has a GPU, so that the four are on three nodes with two each.
 GPUS = ("experts.0.gpus=1", "experts.1.gpus=1", "policy.gpus=1", "learner.gpus=1")
 SMALL = (
