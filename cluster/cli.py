@@ -111,7 +111,7 @@ def submit(
         list[str] | None, typer.Option("--env", help="Name of a variable whose value here the job is to have.")
     ] = None,
     module: Annotated[
-        list[Path] | None, typer.Option("--module", help="A folder of packages or a wheel with plug-ins, to go along.")
+        list[Path] | None, typer.Option("--module", help="A package's folder or a wheel with plug-ins, to go along.")
     ] = None,
 ) -> None:
     """Train a router as a job of a Ray cluster.  Submitting a run again goes on with it."""
@@ -121,11 +121,15 @@ def submit(
     settings = load(config, overrides or [])
     if settings.execution != "ray":
         raise ConfigError("execution: inline runs in one process: a job needs execution: ray")
+    address = address or settings.ray.address
     jobs = Jobs(address)
     name = jobs.submit(settings, overwrite, env or [], module or [])
+    there = f" --address {address}" if address else ""
     console.print(
-        f"submitted job {name}\n  watch it:  musketeers logs {name} -f\n  stop it:   musketeers stop {name}",
+        f"submitted job {name}\n  watch it:  musketeers logs {name} -f{there}\n"
+        f"  stop it:   musketeers stop {name}{there}",
         highlight=False,
+        soft_wrap=True,
     )
     if follow:
         _follow(jobs, name)
@@ -313,7 +317,11 @@ def doctor(
     from cluster.jobs.doctor import examine
     from cluster.zoo.paths import zoo_root
 
-    settings = load(config, overrides or []) if config else None
+    try:
+        settings = load(config, overrides or []) if config else None
+    except ValueError as error:
+        console.print(f"the recipe: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     raise typer.Exit(examine(settings, runs, zoo_root(), address, console))
 
 
@@ -343,13 +351,15 @@ def guarded(command: Callable[[], None]) -> None:
     except ValueError as error:
         if not _is_own(error):
             raise
-        errors.print(f"[bold red]error:[/] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except RuntimeError as error:
         if not _is_own(error):
             raise
         errors.print(f"[bold red]the run stopped:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except BrokenPipeError:
+        os._exit(141)  # as a command that SIGPIPE ends, such as `musketeers logs RUN -f | head`
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise

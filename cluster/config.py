@@ -61,7 +61,8 @@ Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 class PlacementConfig(BaseModel):
     """On how few or how many nodes the workers of a role start: `pack` takes few, `spread` many; `strict_pack` takes
-    one and `strict_spread` one a worker, or waits."""
+    one and `strict_spread` one a worker, or waits.  Workers that ask for no CPU and no GPU are packed or spread only.
+    """
 
     model_config = FROZEN
     experts: Strategy = "pack"
@@ -228,7 +229,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"there is no configuration file {str(path)!r}")
     try:
         tree = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(tree):
         raise ConfigError(f"{path} must hold keys and values at its top level")

@@ -16,6 +16,7 @@ from cluster.config import ConfigError, RunConfig
 from cluster.jobs import wheel
 from cluster.jobs.names import JOB_CONFIG, JOB_ID, JOB_OVERWRITE
 from cluster.jobs.shared import absolute, digest_of
+from cluster.run.environment import PROCESS_ENVIRONMENT
 from cluster.zoo.paths import zoo_root
 
 T = TypeVar("T")
@@ -81,13 +82,16 @@ class Jobs:
 
         Args:
             environment: names of variables whose values here the job is to have.
-            modules: folders of packages, or wheels, with the run's plug-ins.
+            modules: packages' folders, or wheels, with the run's plug-ins.
 
         Raises:
             ConfigError: when a variable is not set, a module does not exist, or the run is under way already.
         """
         if missing := [name for name in environment if name not in os.environ]:
             raise ConfigError(f"--env {missing[0]}: this variable is not set here")
+        ours = [name for name in environment if name in PROCESS_ENVIRONMENT or name.startswith(("RAY_", "MUSKETEERS_"))]
+        if ours:
+            raise ConfigError(f"--env {ours[0]}: the run sets this variable itself")
         if absent := [path for path in modules if not path.exists()]:
             raise ConfigError(f"--module {absent[0]}: there is no such folder or wheel")
         config = absolute(config)
@@ -99,10 +103,11 @@ class Jobs:
             JOB_CONFIG: config.as_yaml(),
             JOB_OVERWRITE: str(int(overwrite)),
             "COLUMNS": "120",
-            "MUSKETEERS_ZOO": str(zoo_root().absolute()),
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
             **{key: os.environ[key] for key in environment},
         }
+        if os.environ.get("MUSKETEERS_ZOO"):
+            variables["MUSKETEERS_ZOO"] = str(zoo_root().absolute())
         with tempfile.TemporaryDirectory() as folder:
             carried = [str(wheel.build(Path(folder))), *map(str, modules)]
             return self._ask(
@@ -186,6 +191,8 @@ class Jobs:
                 f"the cluster at {self.address} wants its token ({reason}): set RAY_AUTH_MODE=token, and "
                 "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own (on the head node: ray get-auth-token)"
             ) from error
+        except BrokenPipeError:  # our own output's reader is gone
+            raise
         except (ConnectionError, RuntimeError, ValueError, requests.RequestException, aiohttp.ClientError) as error:
             raise JobError(
                 f"the job server of the cluster at {self.address} does not do that: {_first_line(error)}; is Ray "

@@ -28,8 +28,8 @@ def look_inside(address: str, config: RunConfig | None) -> dict[str, Any]:
         return probe(address, config)
     try:
         jobs = Jobs(address)
-        return {"jobs": len(jobs.list())}
-    except JobError as error:
+        return {"jobs": len(jobs.list()), "open": asks_no_token(address)}
+    except (JobError, OSError) as error:
         return {"error": str(error)}
 
 
@@ -56,9 +56,10 @@ def cluster_checks(found: Mapping[str, Any], config: RunConfig | None) -> list[C
             return [Check("token", False, line, "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's own")]
         return [Check("Ray cluster", False, line, "look at ray status there")]
     if "jobs" in found:
-        return [Check("job server", True, f"{found['jobs']} jobs; for its nodes give Ray's own address (host:6379)")]
+        said = f"{found['jobs']} jobs; for its nodes give Ray's own address (host:6379)"
+        return [_token(found["open"]), Check("job server", True, said)]
     nodes: Sequence[Mapping[str, Any]] = found["nodes"]
-    checks = [Check("token", True, "accepted"), Check("Ray cluster", True, f"{len(nodes)} nodes")]
+    checks = [_token(found["open"]), Check("Ray cluster", True, f"{len(nodes)} nodes")]
     for node in nodes:
         if node["lacks"]:
             what, remedy = " and no ".join(node["lacks"]), "start Ray there from the activated environment"
@@ -70,8 +71,26 @@ def cluster_checks(found: Mapping[str, Any], config: RunConfig | None) -> list[C
     if config is None:
         return checks
     checks += [_place(key, place, nodes) for key, place in places(config).items()]
-    gpus = [placement.Node(node["name"], int(node["total"]["GPU"])) for node in nodes]
-    return [*checks, resources(config, gpus, sum(node["total"]["CPU"] for node in nodes))]
+    for kind, name in (("total", "resources"), ("free", "resources now")):
+        gpus = [placement.Node(node["name"], int(node[kind]["GPU"])) for node in nodes]
+        checks.append(resources(config, gpus, sum(node[kind]["CPU"] for node in nodes), name))
+        if not checks[-1].ok:
+            break
+    return checks
+
+
+def _token(is_open: bool) -> Check:
+    if is_open:
+        remedy = "start Ray everywhere with RAY_AUTH_MODE=token and one token"
+        return Check("token", False, "the cluster asks nobody for a token: whoever reaches it can run code", remedy)
+    return Check("token", True, "asked for, and accepted")
+
+
+def asks_no_token(url: str) -> bool:
+    """Whether a dashboard tells its jobs to somebody without a token."""
+    import requests
+
+    return requests.get(f"{url.rstrip('/')}/api/jobs/", timeout=30).status_code not in (401, 403)
 
 
 def _place(key: str, place: str, nodes: Sequence[Mapping[str, Any]]) -> Check:
@@ -119,12 +138,12 @@ def local_resources(config: RunConfig) -> Check:
     return resources(config, [placement.Node("this machine", gpus)], float(os.cpu_count() or 1))
 
 
-def resources(config: RunConfig, nodes: Sequence[placement.Node], cpus: float) -> Check:
+def resources(config: RunConfig, nodes: Sequence[placement.Node], cpus: float, name: str = "resources") -> Check:
     """Whether what a configuration asks for fits."""
     asked = asked_for(config)
     gpus = sum(node.gpus for node in nodes)
     detail = f"{asked['GPU']:g} GPUs and {asked['CPU']:g} CPUs asked for; there are {gpus} and {cpus:g}"
-    name, remedy = "resources", "ask for less (gpus, cpus, replicas, ranks), or add nodes"
+    remedy = "ask for less (gpus, cpus, replicas, ranks), wait for others to end, or add nodes"
     if asked["CPU"] > cpus or asked["GPU"] > gpus:
         return Check(name, False, detail, remedy)
     try:

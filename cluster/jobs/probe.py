@@ -11,13 +11,13 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from cluster.jobs import wheel
+import cluster.jobs.probe
+import cluster.jobs.shared
 from cluster.jobs.client import use_token_if_there_is_one
+from cluster.jobs.cluster_checks import asks_no_token
 from cluster.jobs.shared import look, marked
 from cluster.run.environment import PROCESS_ENVIRONMENT
 
@@ -43,14 +43,17 @@ def _look_around(address: str, places: Mapping[str, str]) -> dict[str, Any]:
 
     from cluster.run.actors import alive_nodes, on_nodes
 
-    with tempfile.TemporaryDirectory() as folder:
-        carried = {"py_modules": [str(wheel.build(Path(folder)))]}
-        ray.init(address=address, namespace="doctor", logging_level="ERROR", log_to_driver=False, runtime_env=carried)
+    # Nodes need nothing of ours for this: what they run travels with the call.
+    for module in (cluster.jobs.probe, cluster.jobs.shared):
+        ray.cloudpickle.register_pickle_by_value(module)
+    context = ray.init(address=address, namespace="doctor", logging_level="ERROR", log_to_driver=False)
     nodes = alive_nodes()
     with marked(places.get("root")) as marker:
         facts = on_nodes(nodes, node_facts, dict(places), marker)
     free = ray._private.state.available_resources_per_node()
+    url = context.dashboard_url
     return {
+        "open": bool(url) and asks_no_token(url if "://" in url else f"http://{url}"),
         "nodes": [
             {
                 "name": f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})",
@@ -59,7 +62,7 @@ def _look_around(address: str, places: Mapping[str, str]) -> dict[str, Any]:
                 **said,
             }
             for node, said in zip(nodes, facts, strict=True)
-        ]
+        ],
     }
 
 

@@ -27,6 +27,10 @@ def absolute(config: RunConfig) -> RunConfig:
     for task in values["data"]["tasks"]:
         if task.get("path"):
             task["path"] = _absolute(task["path"])
+    values["ray"]["address"] = None  # the job's own cluster
+    for section, key in (("cache", "disk"), ("evaluation", "cache")):
+        if (folder := values[section][key]) and not folder.startswith("~"):
+            values[section][key] = _absolute(folder)
     if (system := values["data"]["system"]) and Path(system).expanduser().is_file():
         values["data"]["system"] = _absolute(system)
     return RunConfig.model_validate(values)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,18 +108,22 @@ def on_nodes(nodes: Sequence[dict[str, Any]], function: Any, *args: Any) -> list
         ClusterError: when a node does not answer.
     """
     import ray
-    from ray.exceptions import GetTimeoutError
+    from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ask = ray.remote(function)
     there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     asked = [ask.options(num_cpus=0, scheduling_strategy=place).remote(*args) for place in there]
-    try:
-        return ray.get(asked, timeout=NODE_ANSWERS_S)
-    except GetTimeoutError as error:
-        done, _ = ray.wait(asked, num_returns=len(asked), timeout=0)
-        silent = [node["NodeManagerAddress"] for node, answer in zip(nodes, asked, strict=True) if answer not in done]
-        raise ClusterError(f"node {', '.join(silent)} gives no answer within {NODE_ANSWERS_S:g} s") from error
+    answers, deadline = [], time.monotonic() + NODE_ANSWERS_S
+    for node, answer in zip(nodes, asked, strict=True):
+        try:
+            answers.append(ray.get(answer, timeout=max(0.1, deadline - time.monotonic())))
+        except GetTimeoutError as error:
+            raise ClusterError(f"node {_name(node)} gives no answer within {NODE_ANSWERS_S:g} s") from error
+        except RayError as error:
+            reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+            raise ClusterError(f"node {_name(node)} cannot run anything: {reason}") from error
+    return answers
 
 
 def check_places(config: RunConfig) -> None:
@@ -154,10 +159,11 @@ def whereabouts() -> dict[str, tuple[str, int]]:
     from ray.util.state import list_actors
     from ray.util.state.exception import RayStateApiException
 
+    here = ray.get_runtime_context().gcs_address
     mine = ("ray_namespace", "=", ray.get_runtime_context().namespace)
     try:
         found = list_actors(
-            filters=[mine, ("state", "=", "ALIVE")], limit=1000, timeout=10, raise_on_missing_output=False
+            address=here, filters=[mine, ("state", "=", "ALIVE")], limit=1000, timeout=10, raise_on_missing_output=False
         )
         nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     except (RayStateApiException, RayError, OSError):

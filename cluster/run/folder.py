@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class RunFolder:
         self.groups = path / "groups"
         self.dead_letters = path / "dead_letters.jsonl"
         self._lock = FileLock(str(path) + ".lock")
+        self._pushing = ThreadPoolExecutor(max_workers=1)  # one after the other
 
     @classmethod
     def of(cls, config: RunConfig) -> RunFolder:
@@ -51,7 +53,7 @@ class RunFolder:
 
     def started(self) -> bool:
         """Whether there is a run to go on with, here or at its URL."""
-        return self.mirror.exists() if self.mirror else self.config.is_file()
+        return self.config.is_file() or (self.mirror is not None and self.mirror.exists())
 
     def fetch(self) -> None:
         """Takes over the copy of a run at a URL: its last driver may have been on another machine."""
@@ -59,11 +61,14 @@ class RunFolder:
             self.mirror.pull()
 
     def lock(self) -> None:
-        """Refuses a second driver.
+        """Refuses a second driver.  Of a run at a URL only one on this machine is noticed.
 
         Raises:
             RunFolderError: when another process holds the lock, or the place cannot be written.
+            ConfigError: when the URL cannot be written.
         """
+        if self.mirror:
+            self.mirror.check()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -126,9 +131,20 @@ class RunFolder:
         return parse(yaml.safe_load(self.config.read_text()), str(self.config))
 
     def share(self, note: Callable[[str], None]) -> None:
-        """Brings the copy up to date; what fails is said and tried again the next time, the folder here is whole."""
-        if self.mirror is None:
-            return
+        """Begins to bring the copy up to date, in a thread: nothing waits for storage while it trains.
+
+        What fails is said and tried again the next time; the folder here is whole.
+        """
+        if self.mirror is not None:
+            self._pushing.submit(self._push, note)
+
+    def shared(self, note: Callable[[str], None]) -> None:
+        """Brings the copy up to date, and waits for it."""
+        if self.mirror is not None:
+            self._pushing.submit(self._push, note).result()
+
+    def _push(self, note: Callable[[str], None]) -> None:
+        assert self.mirror is not None
         try:
             self.mirror.push()
         except Exception as error:  # noqa: BLE001 - every kind of storage has exceptions of its own

@@ -3,7 +3,10 @@ is followed by a copy.  A run goes on from the copy, wherever its next driver st
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from cluster.config import ConfigError
@@ -33,19 +36,38 @@ class Mirror:
 
     def exists(self) -> bool:
         """Whether there is a copy."""
-        return bool(self._files.exists(f"{self._place}/config.yaml"))
+        with self._opened():
+            return bool(self._files.exists(f"{self._place}/config.yaml"))
+
+    def check(self) -> None:
+        """Refuses a URL that cannot be written, before anything expensive starts.
+
+        Raises:
+            ConfigError: naming it.
+        """
+        probe = f"{self._place}.probe-{secrets.token_hex(8)}"
+        with self._opened():
+            self._files.makedirs(str(PurePosixPath(self._place).parent), exist_ok=True)
+            self._files.pipe_file(probe, b"may be removed")
+            self._files.rm_file(probe)
 
     def pull(self) -> bool:
-        """Makes the folder what the copy is; False when there is no copy."""
-        if not self.exists():
-            return False
+        """Makes the folder what the copy is, unless the folder has got further; False when it stays as it is."""
+        with self._opened():
+            if not self._files.exists(f"{self._place}/config.yaml"):
+                return False
+            there = self._files.find(self._place)
+            names = {remote: str(PurePosixPath(remote).relative_to(PurePosixPath(self._place))) for remote in there}
+            if self.folder.exists() and _newest(self._here()) >= _newest(names.values()):
+                return False
+            fresh = self.folder.with_name(f".{self.folder.name}.fetched")
+            shutil.rmtree(fresh, ignore_errors=True)
+            for remote, name in names.items():
+                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(remote, str(fresh / name))
         if self.folder.exists():
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-        for remote in self._files.find(self._place):
-            target = self.folder / PurePosixPath(remote).relative_to(PurePosixPath(self._place))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._files.get_file(remote, str(target))
+        fresh.rename(self.folder)
         self._known = self._here()
         return True
 
@@ -55,7 +77,10 @@ class Mirror:
         changed = [name for name, stamp in here.items() if self._known.get(name) != stamp]
         for name in sorted(changed, key=lambda name: (name.endswith(LAST), name)):
             self._files.makedirs(f"{self._place}/{PurePosixPath(name).parent}", exist_ok=True)
-            self._files.put_file(str(self.folder / name), f"{self._place}/{name}")
+            try:
+                self._files.put_file(str(self.folder / name), f"{self._place}/{name}")
+            except FileNotFoundError:
+                del here[name]  # an old checkpoint, removed meanwhile
         gone = sorted(self._known.keys() - here.keys(), key=lambda name: (not name.endswith(LAST), name))
         for name in gone:
             self._files.rm_file(f"{self._place}/{name}")
@@ -68,6 +93,14 @@ class Mirror:
             self._files.rm(self._place, recursive=True)
         self._known = {}
 
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Every kind of storage has exceptions of its own; to people they all mean that the URL cannot be used."""
+        try:
+            yield
+        except Exception as error:
+            raise ConfigError(f"root: {self.url} cannot be used: {type(error).__name__}: {error}") from error
+
     def _here(self) -> dict[str, tuple[int, int]]:
         found = {}
         for path in self.folder.rglob("*"):
@@ -75,3 +108,8 @@ class Mirror:
                 stat = path.stat()
                 found[path.relative_to(self.folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
         return found
+
+
+def _newest(names: Iterable[str]) -> str:
+    """The newest whole checkpoint among some files; step numbers have leading zeros."""
+    return max((name for name in names if name.startswith("checkpoints/") and name.endswith(LAST)), default="")

@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from cluster.run.fleet import Fleet, Handle
-from cluster.run.watchdog import first_waiting
+from cluster.run.fleet import Fleet, Handle, Stage
 
 if TYPE_CHECKING:
     from cluster.run.driver import Driver
@@ -25,7 +24,8 @@ Place = tuple[str, int]
 class WorkerNow:
     """A worker.
 
-    since_s: how long the oldest call has been with it.  calls: that it has, one at work and the others waiting.
+    since_s: how long the oldest call that is with it has been under way.  calls: that it has, one at work and the
+        others waiting.
     node, pid: where its process is, empty and 0 where nobody knows yet.
     """
 
@@ -78,6 +78,7 @@ class Monitor:
 
     phase: what the run is at, set by whoever knows.
     whereabouts: node and process of the workers by name; slow, and asked in a thread.
+    note: tells people when an outlet does not work; the run goes on.
     """
 
     def __init__(
@@ -86,10 +87,13 @@ class Monitor:
         outlets: Sequence[Outlet],
         whereabouts: Callable[[], Mapping[str, Place]] = dict,
         every_s: float = EVERY_S,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.driver, self.outlets, self.whereabouts, self.every_s = driver, list(outlets), whereabouts, every_s
+        self.note = note
         self.phase = "starting"
         self._places: Mapping[str, Place] = {}
+        self._broken: list[Outlet] = []
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -97,6 +101,9 @@ class Monitor:
         looking = [asyncio.create_task(self._look()), asyncio.create_task(self._find())]
         try:
             yield
+        except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
+            self.phase = "stopped"
+            raise
         except BaseException:
             self.phase = "failed"
             raise
@@ -110,7 +117,12 @@ class Monitor:
         """One look, now."""
         moment = self.moment()
         for outlet in self.outlets:
-            outlet.now(moment)
+            try:
+                outlet.now(moment)
+            except OSError as error:
+                if outlet not in self._broken:
+                    self.note(f"{type(outlet).__name__} cannot say how the run is doing: {error}")
+                self._broken.append(outlet)
 
     def moment(self) -> Now:
         """How things are."""
@@ -143,14 +155,24 @@ class Monitor:
             await asyncio.sleep(PLACES_S)
 
 
+def where_it_is(fleet: Fleet, stages: Sequence[Stage]) -> list[Stage]:
+    """The workers that a call is with: those of one kind work side by side, the next kind waits for them."""
+    waiting = [stage for stage in stages if not fleet.backend.is_ready(stage.reference)]
+    return [stage for stage in waiting if kind(stage.handle) == kind(waiting[0].handle)]
+
+
+def kind(handle: Handle) -> str:
+    """Such as `Expert` of `Expert(maths, replica 1)`."""
+    return handle.name.partition("(")[0]
+
+
 def workers_now(
     fleet: Fleet, starting: Mapping[str, float], restarts: Counter[str], places: Mapping[str, Place], now: float
 ) -> list[WorkerNow]:
     """Every worker, as the waits under way tell."""
     calls: dict[int, list[float]] = {}
     for wait in list(fleet.waits):
-        stage = first_waiting(fleet, wait.stages)
-        if stage is not None:
+        for stage in where_it_is(fleet, wait.stages):
             calls.setdefault(id(stage.handle), []).append(wait.began)
 
     def one(handle: Handle) -> WorkerNow:
@@ -162,7 +184,7 @@ def workers_now(
         )
         since = now - (begun if begun is not None else min(mine, default=now))
         # The learner's ranks are built again together and counted as one.
-        kind = handle.name if handle.name in restarts else handle.name.partition("(")[0]
-        return WorkerNow(handle.name, state, since, len(mine), restarts[kind], node, pid)
+        counted = handle.name if handle.name in restarts else kind(handle)
+        return WorkerNow(handle.name, state, since, len(mine), restarts[counted], node, pid)
 
     return [one(handle) for handle in fleet.workers]

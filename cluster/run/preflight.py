@@ -35,7 +35,7 @@ def check_names(config: RunConfig) -> None:
         ValueError: one line, naming the key and the remedy.
     """
     if config.tracking.wandb:
-        wandb_run.check_installed()
+        wandb_run.check()
     if config.router.kind != "perceiver":
         load_plugin(config.router.kind, "router.kind")
     if config.algorithm.kind not in ALGORITHMS:

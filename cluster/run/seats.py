@@ -8,26 +8,57 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.run.recipe import Recipe
+
+WARN_S = 10.0
 
 
 class ClusterError(RuntimeError):
     """A cluster that cannot be joined or started, or has no room."""
 
 
-async def reserve(
-    role: str, recipes: Sequence[Recipe], strategy: str, limit_s: float, warn: Callable[[str], None]
-) -> list[Any]:
-    """Room for the workers of one role; for each worker, where Ray is to start it.
+@dataclass(frozen=True)
+class Claim:
+    """Room that was asked for, for the workers of one role.
+
+    group: Ray's placement group, None where none is needed.
+    """
+
+    role: str
+    strategy: str
+    recipes: Sequence[Recipe]
+    group: Any
+
+
+def claim(wanted: Mapping[str, tuple[Sequence[Recipe], str]]) -> dict[str, Claim]:
+    """Asks for room for every role: all at once, so that no run holds a part while it waits for the rest, and what is
+    to be packed before what is spread over what is left.
+
+    Args:
+        wanted: role, such as `learner` -> its workers, and `pack`, `spread`, `strict_pack` or `strict_spread`.
+    """
+    from ray.util.placement_group import placement_group
+
+    def ask(role: str, recipes: Sequence[Recipe], strategy: str) -> Claim:
+        bundles = [bundle for recipe in recipes if (bundle := _bundle(recipe))]
+        name = f"{role} {time.time_ns():x}"
+        group = placement_group(bundles, strategy=strategy.upper(), name=name) if bundles else None
+        return Claim(role, strategy, recipes, group)
+
+    packed_first = sorted(wanted.items(), key=lambda item: "spread" in item[1][1])
+    return {role: ask(role, recipes, strategy) for role, (recipes, strategy) in packed_first}
+
+
+async def seats(asked: Claim, limit_s: float, warn: Callable[[str], None]) -> list[Any]:
+    """Waits for the room; for each worker, where Ray is to start it.
 
     Workers that ask for no CPU and no GPU need no bundle: Ray puts them on few nodes or on many.
 
     Args:
-        role: such as `learner`, for people.
-        strategy: `pack`, `spread`, `strict_pack` or `strict_spread`.
         limit_s: of the wait for room, which an autoscaler may have to make first.
         warn: tells people that there is none yet.
 
@@ -35,29 +66,38 @@ async def reserve(
         ClusterError: when there is no room in time, with what is asked and what is free.
     """
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    bundles = [bundle for recipe in recipes if (bundle := _bundle(recipe))]
-    anywhere = "SPREAD" if "spread" in strategy else "DEFAULT"
-    if not bundles:
-        return [anywhere] * len(recipes)
-    group = placement_group(bundles, strategy=strategy.upper(), name=f"{role} {time.time_ns():x}")
-    if not await asyncio.to_thread(group.wait, min(10.0, limit_s)):
-        asked = f"the {role} asks for {_said(bundles)} ({strategy}); free now: {_said([ray.available_resources()])}"
-        warn(f"waiting for room in the cluster: {asked}")
-        if not await asyncio.to_thread(group.wait, limit_s):
-            remove_placement_group(group)
+    anywhere = "SPREAD" if "spread" in asked.strategy else "DEFAULT"
+    if asked.group is None:
+        return [anywhere] * len(asked.recipes)
+    began, warned = time.monotonic(), False
+    # Short waits: a thread that waits long would hold up the end of a run that is stopped meanwhile.
+    while not await asyncio.to_thread(asked.group.wait, 1.0):
+        waited = time.monotonic() - began
+        if warned and waited < limit_s:
+            continue
+        bundles = [_bundle(recipe) for recipe in asked.recipes]
+        said = (
+            f"the {asked.role} asks for {_said(bundles)} ({asked.strategy}); "
+            f"free now: {_said([ray.available_resources()])}"
+        )
+        if waited >= limit_s:
+            remove_placement_group(asked.group)
             raise ClusterError(
-                f"the cluster has no room after {limit_s:g} s: {asked}: add nodes, ask for less, or change "
-                f"ray.placement.{role}"
+                f"the cluster has no room after {limit_s:g} s: {said}: add nodes, ask for less, or change "
+                f"ray.placement.{asked.role}"
             )
-    numbers = iter(range(len(bundles)))
+        if waited > WARN_S:
+            warn(f"waiting for room in the cluster: {said}")
+            warned = True
+    numbers = iter(range(len(asked.recipes)))
     return [
-        PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=next(numbers))
+        PlacementGroupSchedulingStrategy(asked.group, placement_group_bundle_index=next(numbers))
         if _bundle(recipe)
         else anywhere
-        for recipe in recipes
+        for recipe in asked.recipes
     ]
 
 

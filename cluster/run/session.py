@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -17,7 +16,6 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.jobs import placement
-from cluster.jobs.names import JOB_ID
 from cluster.run import actors, checkpoint
 from cluster.run.admission import Admission, Limits
 from cluster.run.baselines import KnownBaselines, fingerprints
@@ -34,8 +32,8 @@ from cluster.run.records import Records, baselines_of
 from cluster.run.recovery import Recovery, RunError
 from cluster.run.start import Started, start_inline, start_on_ray
 from cluster.watch.live import Plan, Watch, make_watch
-from cluster.watch.message import JobMessage
-from cluster.watch.statusfile import StatusFile
+from cluster.watch.message import JobMessage, own_job
+from cluster.watch.statusfile import STARTING, StatusFile
 from cluster.watch.telemetry import Telemetry
 from cluster.watch.wandb_run import WandbRun
 from experts.state import load_router
@@ -60,6 +58,7 @@ class Session:
         self.config, self.folder, self.tasks, self.console = config, folder, tasks, console
         self.watch: Watch = make_watch(console)
         self.stream = PromptStream(tasks, config.data)
+        self.message: JobMessage | None = None
 
     async def run(self) -> Outcome:
         """The whole run; returns how it ended."""
@@ -67,6 +66,7 @@ class Session:
         resumed = None
         if checkpoint.steps(self.folder.checkpoints):
             resumed = checkpoint.read(self.folder.checkpoints, prompt=self.stream.prompt)
+        StatusFile(self.folder.path).starting(resumed.step if resumed else 0, self.config.steps)
         with contextlib.ExitStack() as leaving:
             started = await self._start(leaving)
             leaving.callback(started.fleet.close)
@@ -92,6 +92,9 @@ class Session:
                 f"Ray dashboard: http://{info.dashboard_url}  (log in with the token in {info.token_path})",
                 highlight=False,
             )
+        if job := own_job():
+            self.message = JobMessage(job)
+            await self.message.say(STARTING)
         actors.check_places(self.config)
         self._check_placement()
         with self.console.status("starting the experts, the policy, the verifiers and the learner"):
@@ -132,13 +135,14 @@ class Session:
             values = config.model_dump(mode="json")
             records.exports.append(WandbRun(config.tracking.wandb, config.run, self.folder.path, values))
         if config.execution == "inline":
-            return Monitor(driver, [StatusFile(self.folder.path)])
+            return Monitor(driver, [StatusFile(self.folder.path)], note=self.watch.note)
         telemetry = Telemetry(config.run, config.steps, config.max_staleness)
         records.exports.append(telemetry)
         outlets: list[Outlet] = [StatusFile(self.folder.path), telemetry]
-        if job := os.environ.get(JOB_ID):
-            outlets.append(JobMessage(job, lambda: records.latest.get("reward/mean")))
-        return Monitor(driver, outlets, actors.whereabouts)
+        if self.message:
+            self.message.reward = lambda: records.latest.get("reward/mean")
+            outlets.append(self.message)
+        return Monitor(driver, outlets, actors.whereabouts, note=self.watch.note)
 
     async def _through(
         self, started: Started, driver: Driver, records: Records, monitor: Monitor, begun: float

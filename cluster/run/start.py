@@ -137,7 +137,7 @@ async def start_on_ray(
     """
     from cluster.run.actors import ExpertActor, LearnerActor, RolloutActor, spawn
     from cluster.run.faults import RayBackend
-    from cluster.run.seats import names_free, reserve
+    from cluster.run.seats import claim, names_free, seats
 
     backend, ray, c = RayBackend(), config.ray, config.learner
     several = config.pipeline.calls_per_worker + 2 if config.policy.engine == "vllm" else 1
@@ -147,19 +147,21 @@ async def start_on_ray(
     ]
     ranks = [Recipe(f"Learner(rank {r})", LearnerActor, (r,), c.cpus, c.gpus) for r in range(c.ranks)]
     wanted = expert_recipes(config)
+    policy, at = rollout_recipes(config), ray.placement
     await names_free(ray.deadline_s)
-
-    async def seats(role: str, recipes: Sequence[Recipe]) -> list[Any]:
-        return await reserve(role, recipes, getattr(ray.placement, role), ray.start_deadline_s, note)
-
-    free = iter(await seats("experts", [recipe for recipes in wanted for recipe in recipes]))
-    copies = [[spawn(placed(ExpertActor, r), next(free)) for r in recipes] for recipes in wanted]
+    asked = claim(
+        {
+            "experts": ([recipe for recipes in wanted for recipe in recipes], at.experts),
+            "policy": (policy, at.policy),
+            "learner": (ranks, at.learner),
+        }
+    )
+    free = {role: iter(await seats(its, ray.start_deadline_s, note)) for role, its in asked.items()}
+    copies = [[spawn(placed(ExpertActor, r), next(free["experts"])) for r in recipes] for recipes in wanted]
     experts = [handle for handles in copies for handle in handles]
-    policy = rollout_recipes(config)
-    places = await seats("policy", policy)
-    rollouts = [spawn(placed(RolloutActor, r), at, several) for r, at in zip(policy, places, strict=True)]
+    rollouts = [spawn(placed(RolloutActor, r), next(free["policy"]), several) for r in policy]
     rewards = [spawn(recipe, "SPREAD", concurrency=16) for recipe in scoring]
-    learners = [spawn(r, at) for r, at in zip(ranks, await seats("learner", ranks), strict=True)]
+    learners = [spawn(r, next(free["learner"])) for r in ranks]
     pools = [Replicas(handles, steady=config.max_staleness == 0) for handles in copies]
     fleet = Fleet(experts, rollouts, rewards, learners, ray.deadline_s, backend, ray.start_deadline_s, copies=pools)
     hosts: list[Any] = [*experts, *rollouts]

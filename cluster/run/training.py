@@ -44,6 +44,6 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         try:
             return asyncio.run(Session(config, folder, tasks, console).run()).status
         finally:
-            folder.share(console.print)
+            folder.shared(console.print)
     finally:
         folder.unlock()

@@ -151,7 +151,10 @@ ALERTS: Sequence[Alert] = (
           "run {{ $labels.run }}: {{ $value | humanizePercentage }} of the groups teach nothing"),
     Alert("RewardsMasked", of("rewards_masked_fraction"), "> 0.01", 5,
           "run {{ $labels.run }}: {{ $value | humanizePercentage }} of the completions have no verdict"),
-    Alert("AttentionCollapse", f"max by (run) (avg by (run, expert) ({of('attention')}))", "> 0.95", 15,
+    # Of a single expert there is nothing to collapse to.
+    Alert("AttentionCollapse",
+          f"(max by (run) (avg by (run, expert) ({of('attention')}))"
+          f" unless on (run) (count by (run) (count by (run, expert) ({of('attention')})) == 1))", "> 0.95", 15,
           "run {{ $labels.run }}: one expert has {{ $value | humanizePercentage }} of the attention over all tasks"),
     Alert("RunStalls", f"time() - {of('stepped_timestamp_seconds')}", "> 900", 1,
           "run {{ $labels.run }}: no step for {{ $value | humanizeDuration }}"),
@@ -235,7 +238,7 @@ def write(folder: Path, ray: Path, prometheus_url: str = "http://127.0.0.1:9090"
         grafana / "grafana.ini": (
             "[server]\nhttp_addr = 127.0.0.1\n[analytics]\nreporting_enabled = false\ncheck_for_updates = false\n"
             "[security]\nallow_embedding = true\n[auth.anonymous]\nenabled = true\norg_role = Viewer\n"
-            f"[paths]\nprovisioning = {provisioning}\n"
+            f"[paths]\nprovisioning = {provisioning}\ndata = {grafana / 'data'}\nlogs = {grafana / 'logs'}\n"
         ),
     }
     for path, text in texts.items():

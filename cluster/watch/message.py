@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +17,12 @@ class JobMessage:
     """Tells the cluster about a job, every few seconds.
 
     job: its submission id.
-    reward: the newest reward, None before the first step.
+    reward: gives the newest reward, None before the first step.
     """
 
-    def __init__(self, job: str, reward: Callable[[], float | None]) -> None:
-        self.job, self.reward = job, reward
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self.reward: Callable[[], float | None] = lambda: None
         self._last, self._sending = 0.0, set[asyncio.Task[None]]()
 
     def now(self, moment: Any) -> None:
@@ -30,6 +33,10 @@ class JobMessage:
         task = asyncio.ensure_future(self._send(text_of(moment, self.reward())))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
+
+    async def say(self, text: str) -> None:
+        """Something that is no moment, such as what a start waits for."""
+        await self._send(text)
 
     async def _send(self, text: str) -> None:
         # Ray has no public call for this; its own job manager writes the message the same way.  While the job runs
@@ -45,6 +52,15 @@ class JobMessage:
                 await store.put_info(self.job, replace(info, message=text), timeout=5)
         except (RayError, OSError, TimeoutError):
             return
+
+
+def own_job() -> str | None:
+    """The submission id of the job that this process is the driver of, None when it is not one."""
+    try:
+        said = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
+        return str(said["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def text_of(moment: Any, reward: float | None) -> str:

@@ -83,6 +83,8 @@ class RunStatus:
         if not m:
             return Text("no news of the run yet", style=DIM)
         age = time.time() - m["time"]
+        if m["phase"] == statusfile.STARTING:
+            return Text.assemble((m["phase"], "bold"), (f", {duration(age)} ago", DIM))
         if not self.over and age > SILENT_S:
             return Text(f"no news for {duration(age)}: the driver is gone, or cannot write here", style="bold red")
         text = Text.assemble((m["phase"], "bold"), (f"   prompts under way {m['running']}", DIM))

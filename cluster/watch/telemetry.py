@@ -91,6 +91,7 @@ class Telemetry:
                 self._made[metric.name] = kinds[metric.kind](f"musketeers_{metric.name}", **keys)
         self._stepped = 0.0
         self._step = -1
+        self._values: dict[tuple[str, tuple[str, ...]], tuple[float, dict[str, str]]] = {}
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Exports a finished step."""
@@ -145,9 +146,13 @@ class Telemetry:
             self._set("worker_restarts", worker.restarts, worker=worker.name)
         for (what, state), count in counts.items():
             self._set("workers", count, kind=what, state=state)
+        # Ray forgets a gauge that nobody sets for half a minute, and a step may take longer.
+        for (name, _), (value, tags) in self._values.items():
+            self._made[name].set(value, tags)
 
     def _set(self, name: str, value: Any, **labels: str) -> None:
-        self._made[name].set(float(value), self._run | labels)
+        """Takes effect with the next moment."""
+        self._values[name, tuple(labels.values())] = float(value), self._run | labels
 
 
 def kind(worker: str) -> str:

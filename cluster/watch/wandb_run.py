@@ -17,14 +17,20 @@ from cluster.config import ConfigError
 ID = "wandb-id"
 
 
-def check_installed() -> None:
-    """Refuses a configuration that wants W&B where it is not installed.
+def check() -> None:
+    """Refuses a configuration that wants W&B where it is not installed, or not logged in.
 
     Raises:
         ConfigError: with the remedy.
     """
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError("tracking.wandb: Weights & Biases is not installed: run pip install wandb, or leave it out")
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not offline and not os.environ.get("WANDB_API_KEY") and not Path("~/.netrc").expanduser().is_file():
+        raise ConfigError(
+            "tracking.wandb: nobody is logged in to Weights & Biases: run wandb login, set WANDB_API_KEY (a job gets "
+            "it with --env WANDB_API_KEY), or WANDB_MODE=offline"
+        )
 
 
 class WandbRun:
@@ -38,8 +44,15 @@ class WandbRun:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        try:
+            self._run = self._begun(wandb, project, name, folder, config)
+        except wandb.errors.Error as error:
+            raise ConfigError(f"tracking.wandb: {project}: {error}") from error
+        (folder / ID).write_text(self._run.id)
+
+    def _begun(self, wandb: Any, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> Any:
         known = folder / ID
-        self._run = wandb.init(
+        return wandb.init(
             project=project,
             name=name,
             id=known.read_text().strip() if known.is_file() else None,
@@ -52,7 +65,6 @@ class WandbRun:
                 x_disable_stats=True, silent=True,
             ),
         )  # fmt: skip
-        known.write_text(self._run.id)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """See `cluster.run.records.Export`."""

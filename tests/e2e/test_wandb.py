@@ -67,3 +67,12 @@ def test_it_is_refused_where_it_is_not_installed(runs: Runs, monkeypatch: pytest
     )
     done = runs.train("tracking.wandb=tests")
     assert done.returncode == 2 and "tracking.wandb: Weights & Biases is not installed" in " ".join(done.stderr.split())
+
+
+def test_it_is_refused_where_nobody_is_logged_in(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(runs.folder))
+    done = runs.train("tracking.wandb=tests")
+    assert done.returncode == 2 and "set WANDB_API_KEY" in " ".join(done.stderr.split())
+    assert not (runs.folder / "runs" / "run").exists()

@@ -99,6 +99,11 @@ class Cluster:
         return f"http://127.0.0.1:{self.dashboard}"
 
     @property
+    def sessions(self) -> Path:
+        """The head's folder of Ray sessions."""
+        return self.temporary / "0"
+
+    @property
     def gcs(self) -> str:
         """Of Ray itself."""
         return f"127.0.0.2:{self.port}"
@@ -106,7 +111,7 @@ class Cluster:
     def head(self, *options: str) -> Node:
         """The head node."""
         return self._start(
-            "--head", f"--port={self.port}", f"--temp-dir={self.temporary}", f"--ray-client-server-port={self.client}",
+            "--head", f"--port={self.port}", f"--ray-client-server-port={self.client}",
             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}", *options,
         )  # fmt: skip
 
@@ -118,9 +123,12 @@ class Cluster:
         listen, grpc, environment, metrics = free_ports(4)
         # Each node has an address of loopback to itself; 127.0.0.1 would not do, Ray takes it for the machine's own.
         host = f"127.0.0.{2 + len(self.nodes)}"
+        # And a folder to itself, as a machine has: agents that share one install a job's wheel over each other.
+        own = self.temporary / str(len(self.nodes))
         log = self.folder / f"node-{len(self.nodes)}.log"
         command = [
-            str(BIN / "ray"), "start", *options, "--block", "--disable-usage-stats", f"--node-ip-address={host}",
+            str(BIN / "ray"), "start", *options, "--block", "--disable-usage-stats",
+            f"--node-ip-address={host}", f"--temp-dir={own}",
             f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
             f"--runtime-env-agent-port={environment}", f"--metrics-export-port={metrics}",
             "--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={150 * 2**20}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -15,8 +16,11 @@ from typing import Any
 import pytest
 import requests
 from playwright.sync_api import Page, sync_playwright
+from rich.console import Console
 
+from cluster.run.folder import RunFolder
 from cluster.watch import dashboards
+from cluster.watch.status import RunStatus
 from tests.jobs.nodes import BIN, Cluster, free_ports, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -107,10 +111,26 @@ def test_the_doctor_sees_every_node(cluster: Cluster) -> None:
     (cluster.folder / "runs").mkdir(exist_ok=True)
     well = cluster.musketeers("doctor", *recipe, *GPUS, "--address", cluster.gcs)
     assert "4 nodes" in well.stdout and "127.0.0.5" in well.stdout and "asks for 0 CPUs and 4 GPUs" in well.stdout
-    more = cluster.musketeers("doctor", *recipe, "experts.0.gpus=7", "--address", cluster.gcs, check=False)
+    seven = ["experts.0.gpus=1", "experts.0.replicas=7"]
+    more = cluster.musketeers("doctor", *recipe, *seven, "--address", cluster.gcs, check=False)
     assert more.returncode == 1 and "7 GPUs and 0 CPUs asked for; there are 6 and 5" in " ".join(more.stdout.split())
     wrong = cluster.musketeers("doctor", "--address", cluster.gcs, check=False, RAY_AUTH_TOKEN_PATH="/dev/null")
     assert wrong.returncode == 1 and "Traceback" not in wrong.stdout + wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (["--env", "NOBODY_SET_THIS"], "--env NOBODY_SET_THIS: this variable is not set here"),
+        (["--env", "TOKENIZERS_PARALLELISM"], "--env TOKENIZERS_PARALLELISM: the run sets this variable itself"),
+        (["--module", "/no/such/package"], "--module /no/such/package: there is no such folder or wheel"),
+        (["execution=inline"], "a job needs execution: ray"),
+    ],
+)
+def test_what_cannot_be_submitted_is_refused(cluster: Cluster, option: list[str], reason: str) -> None:
+    environment = {"TOKENIZERS_PARALLELISM": "true"}
+    said = cluster.musketeers("submit", QUICKSTART, *option, "--address", cluster.address, check=False, **environment)
+    assert said.returncode == 2 and reason in " ".join(said.stderr.split()), said.stderr
 
 
 def test_a_job_is_submitted_followed_and_gone_on_with(cluster: Cluster) -> None:
@@ -134,6 +154,8 @@ def test_a_run_is_watched_and_stopped(cluster: Cluster, tmp_path: Path) -> None:
         look_at(page, cluster, "jobs", ["watched", "RUNNING", "training: step"])
         look_at(page, cluster, "actors", [*workers, "ALIVE"])
     assert "training: step" in state_of(cluster, "watched")
+    if pictures := os.environ.get("MUSKETEERS_PICTURES"):
+        draw_status(cluster.folder / "runs" / "watched", Path(pictures) / "status.svg")
     said = cluster.musketeers("stop", "watched", "--address", cluster.address)
     assert "with a checkpoint" in said.stdout
     wait_for("the end", lambda: "stopped" in state_of(cluster, "watched"), 120, 2.0)
@@ -168,7 +190,7 @@ def prometheus(cluster: Cluster, folder: Path) -> Iterator[str]:
     """Debian's Prometheus on the files that the project writes for it; its address."""
     program = shutil.which("prometheus")
     assert program, f"prometheus is not installed: {PACKAGES}"
-    cluster.musketeers("metrics", "--out", str(folder / "monitoring"), "--ray", str(cluster.temporary))
+    cluster.musketeers("metrics", "--out", str(folder / "monitoring"), "--ray", str(cluster.sessions))
     (port,) = free_ports(1)
     command = [
         program, f"--config.file={folder}/monitoring/prometheus/prometheus.yml", f"--storage.tsdb.path={folder}/data",
@@ -207,6 +229,16 @@ def everything_has_data(address: str) -> None:
     rules = [rule for group in groups for rule in group["rules"]]
     assert len(rules) == len(dashboards.ALERTS)
     assert all(rule["health"] == "ok" for rule in rules), rules
+
+
+def draw_status(run: Path, target: Path) -> None:
+    """What `musketeers status` shows now."""
+    config = RunFolder(run).saved_config()
+    status = RunStatus(run, [expert.name for expert in config.experts], config.steps)
+    status.look()
+    console = Console(record=True, width=130, height=40, file=io.StringIO(), force_terminal=True)
+    console.print(status)
+    target.write_text(console.export_svg(title=f"musketeers status {run.name}"), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -90,7 +92,7 @@ def test_what_ails_a_node_is_said_of_that_node(model: Path, tmp_path: Path) -> N
         node("c", unwritable=["root"], versions={"torch": "2.12.0"}),
         node("d", lacks=["pip"]),
     ]
-    found = {check.name: check for check in cluster_checks.cluster_checks({"nodes": nodes}, config)}
+    found = {check.name: check for check in cluster_checks.cluster_checks({"nodes": nodes, "open": False}, config)}
     assert {name for name, check in found.items() if not check.ok} == {"policy.model", "root", "torch", "d"}
     assert found["policy.model"].detail.endswith("is not seen by b")
     assert found["root"].detail.endswith("cannot be written by c")
@@ -107,3 +109,41 @@ def test_what_ails_a_node_is_said_of_that_node(model: Path, tmp_path: Path) -> N
 def test_a_cluster_that_cannot_be_seen(error: str, name: str) -> None:
     (check,) = cluster_checks.cluster_checks({"error": error}, None)
     assert check.name == name and not check.ok and check.remedy
+
+
+@pytest.mark.parametrize(("status", "is_open"), [(200, True), (401, False)])
+def test_a_cluster_that_asks_nobody_for_a_token_is_noticed(status: int, is_open: bool) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert cluster_checks.asks_no_token(f"http://127.0.0.1:{server.server_port}/") == is_open
+    finally:
+        server.shutdown()
+    (token, _) = cluster_checks.cluster_checks({"nodes": [node("a")], "open": is_open}, None)
+    assert token.name == "token" and token.ok != is_open
+
+
+def test_gpus_that_others_hold_are_not_there(model: Path, tmp_path: Path) -> None:
+    config = load(ROOT / "configs" / "quickstart.yaml", [f"policy.model={model}", "policy.gpus=1", "policy.workers=2"])
+    checks = cluster_checks.cluster_checks({"nodes": [node("a")], "open": False}, config)
+    found = {check.name: check for check in checks}
+    assert found["resources"].ok and not found["resources now"].ok
+
+
+def test_a_recipe_that_cannot_be_read_is_a_finding_too(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from cluster.cli import app
+
+    (tmp_path / "latin.yaml").write_bytes(b"run: caf\xe9")
+    for path in (tmp_path / "missing.yaml", tmp_path / "latin.yaml"):
+        said = CliRunner().invoke(app, ["doctor", str(path)])
+        assert said.exit_code == 1 and path.name in said.output

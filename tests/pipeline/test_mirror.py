@@ -59,10 +59,36 @@ def test_storage_that_fails_is_said_and_tried_again(run: Path, tmp_path: Path, m
     folder, notes = RunFolder(run, mirror), []
     with monkeypatch.context() as broken:
         broken.setattr(mirror._files, "put_file", lambda *_: (_ for _ in ()).throw(RuntimeError("no credentials")))
-        folder.share(notes.append)
+        folder.shared(notes.append)
     assert len(notes) == 1 and "no credentials" in notes[0] and str(run) in notes[0]
     folder.share(notes.append)
+    folder.shared(notes.append)
     assert len(notes) == 1 and contents(tmp_path / "there" / "run") == contents(run)
+
+
+@pytest.mark.parametrize("ahead", ["here", "there"])
+def test_whoever_has_got_further_stays(run: Path, tmp_path: Path, ahead: str) -> None:
+    """Storage that failed for a while must not take back what this machine's disk has."""
+    mirror = Mirror(f"file://{tmp_path}/there", "run", run)
+    mirror.push()
+    newer = {"here": run, "there": tmp_path / "there" / "run"}[ahead] / "checkpoints" / "step-2"
+    newer.mkdir()
+    (newer / "manifest.json").write_text("newer")
+    assert mirror.pull() == (ahead == "there")
+    assert (run / "checkpoints" / "step-2" / "manifest.json").read_text() == "newer"
+
+
+def test_a_url_that_cannot_be_written_is_refused_before_anything_starts(run: Path, tmp_path: Path, monkeypatch) -> None:
+    mirror = Mirror(f"file://{tmp_path}/there", "run", run)
+    mirror.check()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == []
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("AccessDenied")
+
+    monkeypatch.setattr(mirror._files, "pipe_file", refuse)
+    with pytest.raises(ConfigError, match=r"root: file://.*/there/run cannot be used: RuntimeError: AccessDenied"):
+        mirror.check()
 
 
 def test_a_url_that_nothing_opens_is_refused(tmp_path: Path) -> None:

@@ -110,13 +110,16 @@ def test_everything_on_the_list_is_exported(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(ray.util.metrics, kind, Instrument)
     stage = Stage(config(max_staleness=2), World())
     telemetry = Telemetry("fake", 20, 2)
-    for moment in watch(stage):
-        telemetry.now(moment)
+    moments = watch(stage)
     for record in stage.notes.steps:
         telemetry.step({**dict.fromkeys(PLAIN, 0.0), **record, "curriculum/t": 1.0, "attention/t/e": 0.5})
+    for moment in moments:
+        telemetry.now(moment)
     assert not [name for name, made in telemetry._made.items() if not made.told]
     assert set(telemetry._made) == set(METRICS)
     ages = telemetry._made["staleness"]
     assert ages.boundaries == [0.5, 1.5, 2.5] and len(ages.told[("fake",)]) == 120
+    often = telemetry._made["reward_mean"].told[("fake",)]
+    assert len(often) == len(moments), "Ray forgets what is not set again, however long a step takes"
     counted = sum(telemetry._made["verdicts_total"].told[("fake", "t", "ok")])
     assert counted == pytest.approx(sum(record["verdicts/t/ok"] for record in stage.notes.steps))
