@@ -67,6 +67,8 @@ def join_cluster(address: str | None, dashboard_port: int | None, namespace: str
             context = ray.init(address=address, **common)
         else:
             context = ray.init(
+                # Or else Ray would first try the last cluster that was started on this machine, dead or alive.
+                "local",
                 _node_ip_address="127.0.0.1",
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",

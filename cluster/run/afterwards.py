@@ -40,6 +40,7 @@ def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
             "learner": saved.learner.model_dump() | {"ranks": 1},
             "policy": saved.policy.model_dump() | {"workers": 1},
             "rewards": saved.rewards.model_dump() | {"workers": 1},
+            "experts": [expert.model_dump() | {"replicas": 1} for expert in saved.experts],
         }
     )
     tasks = build_tasks(config.data)

@@ -79,7 +79,8 @@ class Records:
             self._metrics.append(record)
         if self._board is None:
             self._board = Board(self.folder.path)
-        self._board.step(record["step"], {k: v for k, v in record.items() if k != "step"})
+        with naming(self.folder.path / "tensorboard"):
+            self._board.step(record["step"], {k: v for k, v in record.items() if k != "step"})
         self.watch.step(record)
         self.latest = record
         for export in self.exports:
@@ -125,8 +126,6 @@ class Records:
 
     def close(self) -> None:
         """Ends what writes elsewhere; any number of times."""
-        if self._board is not None:
-            self._board.close()
         for export in self.exports:
             export.close()
         self.exports.clear()
@@ -143,6 +142,8 @@ class Records:
         console: Console,
     ) -> None:
         """Summary, figure, report, and the table people read."""
+        if self._board is not None:
+            self._board.close()
         self.close()
         verdict = print_results(console, after, before=before, attention=attention_by_task(attention))
         router = started.shape

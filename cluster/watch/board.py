@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,7 @@ class Board:
         # Importing TensorBoard takes a second or two and pulls in torch: only a run that writes events pays for it.
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _quiet(threading.excepthook)
         purge_step = None if resume_after is None else resume_after + 1
         self._writer = SummaryWriter(log_dir=str(run_folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
 
@@ -38,3 +40,13 @@ class Board:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _quiet(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[[threading.ExceptHookArgs], object]:
+    """A full disk ends TensorBoard's writing thread; the next `step` raises what it raised, and nobody needs both."""
+
+    def told(args: threading.ExceptHookArgs) -> object:
+        of_tensorboard = args.thread is not None and type(args.thread).__module__.startswith("tensorboard.")
+        return None if of_tensorboard and isinstance(args.exc_value, OSError) else hook(args)
+
+    return told

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,13 @@ def test_an_expert_that_hangs_is_named_and_started_again(runs: Runs) -> None:
     assert early and late and early[1] == late[1] and early.start() < late.start(), output[-3000:]
     assert "gave no answer within 15 s" in output
     assert runs.summary()["restarts"] == {late[1]: 1}
+
+
+def test_a_cluster_that_is_long_gone_is_not_waited_for(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray remembers the last cluster that was started on a machine, and would try it first."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="r") as folder:  # sockets lie in it, whose paths must be short
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        done = runs.train("execution=ray", "ray.dashboard_port=8292", "steps=2")
+    assert done.returncode == 0, done.stdout + done.stderr
