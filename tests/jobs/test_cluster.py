@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -238,7 +239,9 @@ def draw_status(run: Path, target: Path) -> None:
     status.look()
     console = Console(record=True, width=130, height=40, file=io.StringIO(), force_terminal=True)
     console.print(status)
-    target.write_text(console.export_svg(title=f"musketeers status {run.name}"), encoding="utf-8")
+    drawn = console.export_svg(title=f"musketeers status {run.name}")
+    # Without the fonts that rich would have a reader's browser fetch.
+    target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL), encoding="utf-8")
 
 
 @contextlib.contextmanager
