@@ -78,13 +78,13 @@ def measure(given: argparse.Namespace) -> None:
         made = TransformersEngine(policy, "front")
     started = time.perf_counter() - began
     sampling = Sampling(temperature=1.0, max_new_tokens=given.new_tokens, samples=given.samples)
-    calls = []
+    calls, plain = [], min(90, policy.model.config.vocab_size - 3)
     for call in range(1 + CALLS):
         requests = []
         for row in range(given.prompts):
             uniforms = token_uniforms(call, row, 0, given.samples, given.new_tokens) if made.needs_uniforms else None
             # No two calls share a prompt, so that no prefix cache answers for the model.
-            tokens = [3 + (call * 7 + row * 13 + place * place) % 90 for place in range(given.prompt_tokens)]
+            tokens = [3 + (call * 7 + row * 13 + place * place) % plain for place in range(given.prompt_tokens)]
             requests.append(Request(tokens, uniforms, 1000 * call + row))
         start = time.perf_counter()
         groups = made.generate(requests, None, sampling)

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.config import RunConfig
 from cluster.run.baselines import KnownBaselines
-from cluster.run.fleet import Fleet, Handle, Reference, Stage
+from cluster.run.fleet import Fleet, Reference, Stage
 from cluster.run.metrics import attention_metrics
 from cluster.run.routing import RouteClassifier
 from cluster.run.scoring import WaveReport
@@ -78,10 +78,13 @@ class Evaluator:
     ) -> Evaluation:
         frozen = await self._policy(prompts, router, donors=None)
         results = {"frozen_policy": self._result(prompts, frozen.outcomes)}
+        await self._prepare(answers=True)
         own = {name: await self._own_answers(index, prompts) for index, name in enumerate(self.experts)}
+        known = [await self._own_answers(index, examples) for index in range(len(self.experts))]
+        await self._prepare(answers=False)
         results |= {f"experts/{name}": self._result(prompts, outcomes) for name, outcomes in own.items()}
         matrix = np.array([own[name] for name in self.experts])
-        classifier = await self._route_classifier(examples)
+        classifier = RouteClassifier(await self._features(examples), np.array(known))
         chosen = classifier.choose(await self._features(prompts))
         results["route_and_answer"] = self._result(prompts, matrix[chosen, np.arange(len(prompts))].tolist())
         results["oracle_route"] = self._result(prompts, matrix.max(axis=0).tolist())
@@ -109,19 +112,18 @@ class Evaluator:
     async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
         messages = [prompt.messages for prompt in prompts]
         asked, verifier = self.fleet.copies[expert].handles[0], self.fleet.rewards[0]
-        await self._prepare(asked, answers=True)
         texts = asked.call("answer", messages, self.config.sampling.max_new_tokens)
         scores = verifier.call("score_texts", list(prompts), texts)
         stages = [Stage.of(asked, texts), Stage.of(verifier, scores)]
         answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}", stages=stages)
-        await self._prepare(asked, answers=False)
         return [self._outcome(score.status, score.right) for score in answered]
 
-    async def _prepare(self, expert: Handle, answers: bool) -> None:
+    async def _prepare(self, answers: bool) -> None:
         """An engine that gives states may have to make room for one that answers, which takes as long as a start."""
-        made = expert.call("prepare", answers)
-        what = f"preparing {expert.name}"
-        await self.fleet.get(made, what, self.fleet.start_deadline_s, stages=[Stage.of(expert, made)])
+        for expert in [copies.handles[0] for copies in self.fleet.copies]:
+            made = expert.call("prepare", answers)
+            what = f"preparing {expert.name}"
+            await self.fleet.get(made, what, self.fleet.start_deadline_s, stages=[Stage.of(expert, made)])
 
     def _outcome(self, status: RewardStatus, right: float) -> int:
         self._without_verdict += status is not RewardStatus.OK
@@ -132,10 +134,6 @@ class Evaluator:
         asked = [stage.reference for stage in stages]
         encoded = whole(await self.fleet.get_all(asked, "encoding for evaluation", stages=stages))
         return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)
-
-    async def _route_classifier(self, prompts: Sequence[Prompt]) -> RouteClassifier:
-        right = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
-        return RouteClassifier(await self._features(prompts), np.array(right))
 
     def _result(self, prompts: Sequence[Prompt], outcomes: Sequence[int]) -> Result:
         by_task: dict[str, list[int]] = {name: [] for name in self.tasks}
