@@ -241,6 +241,21 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step to rec
     raise typer.Exit(0 if replay_step(run, step, console) else 1)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md.", show_default=False)] = None,
+) -> None:
+    """Compare finished runs on their held-out prompts, paired by seed; others differ from the first one's arm."""
+    from cluster.run.finished import read
+    from cluster.watch import comparison
+
+    arms = comparison.compare([read(run) for run in runs])
+    console.print(comparison.table(arms))
+    for path in comparison.write(arms, out) if out else []:
+        console.print(path, highlight=False, soft_wrap=True)
+
+
 @zoo_app.command("build")
 def zoo_build(
     world: Annotated[str, typer.Argument(help="A world's name: composed or separable.")] = "composed",

@@ -194,7 +194,8 @@ class CalibrationConfig(BaseModel):
 class RouterConfig(BaseModel):
     """The trainable collaborator.
 
-    kind: `perceiver`, or `module:Class` of your own with the same constructor and forward.
+    kind: `perceiver`; `static`, a learned prefix that is the same for every prompt; or `module:Class` of your own with
+        the same constructor and forward.
     init: a folder with a saved router to start from.
     feedforward: hidden width of the feed-forward block, as a multiple of `width`.
     expert_dropout: chance that an expert is hidden from the router for a group, in training only;
