@@ -241,6 +241,54 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step to rec
     raise typer.Exit(0 if replay_step(run, step, console) else 1)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md.", show_default=False)] = None,
+) -> None:
+    """Compare finished runs on their held-out prompts, paired by seed; others differ from the first one's arm."""
+    from cluster.run.finished import read
+    from cluster.watch import comparison
+
+    arms = comparison.compare([read(run) for run in runs])
+    console.print(comparison.table(arms))
+    for path in comparison.write(arms, out) if out else []:
+        console.print(path, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    over: Annotated[list[str] | None, typer.Option("--over", help="key=value,value: a dimension of the grid.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each combination, with seeds 0, 1, ...", min=1)] = 3,
+    parallel: Annotated[int, typer.Option(help="Runs at once.", min=1)] = 1,
+    address: Address = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the comparison's files.", show_default=False)] = None,
+) -> None:
+    """Train a grid of runs and compare them.  Started again it runs only what is missing."""
+    from cluster.run import sweep as sweeping
+    from cluster.run.finished import read
+    from cluster.run.preflight import check_names
+    from cluster.watch import comparison
+
+    points = sweeping.grid(config, overrides or [], over or [], seeds)
+    for point in points:
+        check_names(point.config)
+    try:
+        failed = sweeping.sweep(config, points, parallel, address, console)
+    except KeyboardInterrupt:
+        console.print("stopped with checkpoints; the same command goes on with what is missing", highlight=False)
+        raise typer.Exit(130) from None
+    finished = [read(point.config.folder) for point in points if point.finished]
+    if finished:
+        arms = comparison.compare(finished)
+        console.print(comparison.table(arms))
+        for path in comparison.write(arms, out) if out else []:
+            console.print(path, highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if failed else 0)
+
+
 @zoo_app.command("build")
 def zoo_build(
     world: Annotated[str, typer.Argument(help="A world's name: composed or separable.")] = "composed",

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -326,22 +326,22 @@ RESUMABLE = (
 )
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested data as one level of dotted keys; list items by index."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if items is None:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or below one; `N` stands for any index."""
+    general = re.sub(r"\.\d+\.", ".N.", key)
+    return any(general == pattern or general.startswith(pattern + ".") for pattern in patterns)
+
+
 def changed_keys(saved: RunConfig, now: RunConfig) -> list[str]:
     """Keys that differ and that a resumed run may not change."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        items = (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
-        )
-        if items is None:
-            return {prefix: value}
-        return {k: v for key, item in items for k, v in flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
-
     before, after = flat(saved.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-
-    def may_change(key: str) -> bool:
-        general = re.sub(r"\.\d+\.", ".N.", key)
-        return any(general == free or general.startswith(free + ".") for free in RESUMABLE)
-
     differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return [key for key in differing if not may_change(key)]
+    return [key for key in differing if not matches(key, RESUMABLE)]

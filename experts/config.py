@@ -98,6 +98,7 @@ class ExpertConfig(EngineConfig):
     """One frozen expert.
 
     model: a Hugging Face folder or name, or `zoo/<world>/<model>`.
+    weights: `random` takes the model's architecture untrained: a control for what the experts' knowledge is worth.
     layer: which hidden state is its feature; -1 is the last (after the final norm), 0 the
         embeddings.
     pool: which token's state stands for the prompt; `last_k` gives the router the last `last_k` states.
@@ -109,6 +110,7 @@ class ExpertConfig(EngineConfig):
 
     model_config = FROZEN
     name: str
+    weights: Literal["stored", "random"] = "stored"
     layer: int = -1
     pool: Literal["last", "first", "mean", "last_k"] = "last"
     last_k: int = Field(4, ge=1)
@@ -121,6 +123,12 @@ class ExpertConfig(EngineConfig):
     def tokens(self) -> int:
         """How many states the router gets for a prompt, at most."""
         return self.last_k if self.pool == "last_k" else 1
+
+    @model_validator(mode="after")
+    def _engine_of_controls(self) -> ExpertConfig:
+        if self.engine == "vllm" and self.weights == "random":
+            raise ValueError(f"expert {self.name!r}: weights: random needs engine: transformers")
+        return self
 
     @model_validator(mode="after")
     def _layer_of_engine(self) -> ExpertConfig:
@@ -194,7 +202,8 @@ class CalibrationConfig(BaseModel):
 class RouterConfig(BaseModel):
     """The trainable collaborator.
 
-    kind: `perceiver`, or `module:Class` of your own with the same constructor and forward.
+    kind: `perceiver`; `static`, a learned prefix that is the same for every prompt; or `module:Class` of your own with
+        the same constructor and forward.
     init: a folder with a saved router to start from.
     feedforward: hidden width of the feed-forward block, as a multiple of `width`.
     expert_dropout: chance that an expert is hidden from the router for a group, in training only;

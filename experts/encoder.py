@@ -56,7 +56,7 @@ class TransformersEncoder:
     def __init__(self, config: ExpertConfig, path: str) -> None:
         device = "cuda" if config.gpus and torch.cuda.is_available() else "cpu"
         self.config = config
-        self.frozen = load_frozen(path, config.dtype, device, config.name)
+        self.frozen = load_frozen(path, config.dtype, device, config.name, untrained=config.weights == "random")
 
     def states(self, prompts: Sequence[Tokens]) -> list[np.ndarray]:
         """See `Encoder`."""

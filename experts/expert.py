@@ -166,6 +166,8 @@ class Expert:
         """What a router is trained for: neither the dtype nor the engine, which change states by rounding only."""
         c = self.config
         parts = [self.frozen.fingerprint(), c.layer, c.pool, c.tokens, c.norm, c.max_tokens]
+        if c.weights != "stored":
+            parts.append(c.weights)
         return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
 
 

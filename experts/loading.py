@@ -19,6 +19,7 @@ class ModelError(ValueError):
     """A model that cannot be used as asked; the message names it and what to do."""
 
 
+UNTRAINED_SEED = 65537
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -249,8 +250,12 @@ def import_transformers() -> Any:
     return transformers
 
 
-def load_frozen(path: str, dtype: str = "float32", device: str = "cpu", name: str | None = None) -> FrozenModel:
+def load_frozen(
+    path: str, dtype: str = "float32", device: str = "cpu", name: str | None = None, untrained: bool = False
+) -> FrozenModel:
     """Loads a causal language model and freezes it.
+
+    untrained: with the weights that its architecture starts from, always the same, instead of those that are stored.
 
     Raises:
         ModelError: when it cannot be found or read, needs a package that is not here, or has no end token.
@@ -258,10 +263,22 @@ def load_frozen(path: str, dtype: str = "float32", device: str = "cpu", name: st
     transformers = import_transformers()
     tokenizer = load_tokenizer(path)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        if untrained:
+            model = _untrained(path, getattr(torch, dtype))
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     return _frozen(path, name, model.to(device), tokenizer, getattr(model, "generation_config", None))
+
+
+def _untrained(path: str, dtype: torch.dtype) -> Any:
+    """A fresh model of the architecture that is stored; the same one whatever was drawn before."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(dtype)
 
 
 def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) -> FrozenModel:

@@ -102,12 +102,14 @@ class Perceiver(nn.Module):
         scores = query @ key.transpose(2, 3) / (width // self.heads) ** 0.5
         attention = scores.masked_fill(~shown[:, None, None, :], float("-inf")).softmax(dim=-1)
         mixed = (attention @ value).transpose(1, 2).reshape(batch, -1, width)
-        hidden = self.latents + self.merge(mixed)
-        prefix = torch.einsum("blw,lwp->blp", hidden + self.feedforward(hidden), self.output)
-        if self.anchors is not None:
-            prefix = prefix + self.anchors
+        prefix = self._prefix(self.latents + self.merge(mixed))
         per_expert = torch.stack([part.sum(dim=-1) for part in attention.split(counts, dim=-1)], dim=-1)
         return RouterOutput(prefix, per_expert)
+
+    def _prefix(self, hidden: Float[Tensor, "batch latents hidden"]) -> Float[Tensor, "batch latents width"]:
+        """Each slot's embedding from what its latent has gathered."""
+        prefix = torch.einsum("blw,lwp->blp", hidden + self.feedforward(hidden), self.output)
+        return prefix if self.anchors is None else prefix + self.anchors
 
     def _places(self, feature: Tensor) -> Tensor | float:
         """Marks states by how far they are from the prompt's end; a single state needs no mark."""
@@ -118,6 +120,41 @@ class Perceiver(nn.Module):
         rates = torch.logspace(0, -2, width // 2, device=feature.device, dtype=feature.dtype)
         angles = from_end[:, None] * rates
         return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(tokens, width % 2)], dim=-1)
+
+
+class StaticPrefix(Perceiver):
+    """The same prefix for every prompt: a Perceiver whose latents gather nothing, with the same way to a prefix.
+
+    What is left of a gain when the experts are left out.  Its attention is zero.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        widths: Sequence[int],
+        policy_width: int,
+        embedding_rms: float,
+        anchors: Float[Tensor, "anchors width"] | None = None,
+    ) -> None:
+        super().__init__(config, widths, policy_width, embedding_rms, anchors)
+        # Only what makes the prefix stays, so that its size and its gradient are its own.
+        for unused in ("norms", "project", "expert_embedding", "query", "key", "value", "merge"):
+            delattr(self, unused)
+
+    def calibrate(self, features: Sequence[Tensor], ridge: float) -> None:
+        """There is nothing that reads states."""
+
+    def forward(
+        self, features: Sequence[Float[Tensor, "batch tokens width"]], visible: Bool[Tensor, "batch experts"]
+    ) -> RouterOutput:
+        """See `Perceiver.forward`; the features count for nothing."""
+        batch, experts = visible.shape
+        slots = len(self.latents)
+        prefix = self._prefix(self.latents[None]).expand(batch, -1, -1)
+        return RouterOutput(prefix, prefix.new_zeros(batch, 1, slots, experts))
+
+
+ROUTERS: dict[str, type[nn.Module]] = {"perceiver": Perceiver, "static": StaticPrefix}
 
 
 def _real(feature: Float[Tensor, "batch tokens width"]) -> Bool[Tensor, "batch tokens"]:

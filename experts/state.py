@@ -20,7 +20,7 @@ from torch import nn
 from experts.config import RouterConfig
 from experts.loading import FrozenModel
 from experts.plugins import load_plugin
-from experts.router import Perceiver
+from experts.router import ROUTERS
 
 Arrays = dict[str, np.ndarray]
 
@@ -88,7 +88,7 @@ def embedding_rms(policy: FrozenModel) -> float:
 
 def build_router(config: RouterConfig, shape: RouterShape, policy: FrozenModel, seed: int = 0) -> nn.Module:
     """A fresh router; the same seed gives the same weights whatever was drawn before."""
-    kind = Perceiver if config.kind == "perceiver" else load_plugin(config.kind, "router.kind")
+    kind = ROUTERS.get(config.kind) or load_plugin(config.kind, "router.kind")
     anchors = None
     if config.prefix.init == "anchored":
         anchors = policy.embed(torch.tensor(config.prefix.anchor_tokens, device=policy.device)).float().cpu()
@@ -96,7 +96,7 @@ def build_router(config: RouterConfig, shape: RouterShape, policy: FrozenModel, 
         torch.manual_seed(seed)
         # A router of your own need not know of learned norms unless a run asks for them.
         learned = tuple(norm == "learned" for norm in shape.norms)
-        extra = {"learned_norms": learned} if any(learned) else {}
+        extra = {"learned_norms": learned} if any(learned) and config.kind != "static" else {}
         return kind(config, shape.widths, shape.policy_width, shape.embedding_rms, anchors, **extra)
 
 

@@ -98,3 +98,22 @@ def test_a_model_is_the_same_however_its_files_are_cut_and_whatever_dtype_it_run
     tokens = torch.tensor([3, 5])
     assert torch.equal(embeddings.embed(tokens), frozen.embed(tokens).bfloat16())
     assert not any(parameter.requires_grad for parameter in embeddings.model.parameters())
+
+
+def test_an_untrained_expert_has_the_architecture_and_nothing_else_of_the_stored_one(folder: Path) -> None:
+    settings = {"name": "it", "model": str(folder)}
+    stored, random, again = (
+        Expert(ExpertConfig.model_validate(settings | {"weights": weights}), str(folder), CacheConfig())
+        for weights in ("stored", "random", "random")
+    )
+    torch.rand(7)
+    prompts = [({"role": "user", "content": "12 + 34 ="},)]
+    one, other, third = (expert.encode(prompts) for expert in (stored, random, again))
+    assert one.features[0].shape == other.features[0].shape
+    assert abs(np.corrcoef(one.features[0][0], other.features[0][0])[0, 1]) < 0.9
+    assert np.array_equal(other.features[0], third.features[0]) and other.keys == third.keys
+    assert one.keys != other.keys, "cached states of one would be taken for the other's"
+    assert stored.info()["fingerprint"] != random.info()["fingerprint"] == again.info()["fingerprint"]
+    assert stored.sha256() != random.sha256() == again.sha256()
+    with pytest.raises(ValueError, match="weights: random needs engine: transformers"):
+        ExpertConfig.model_validate(settings | {"weights": "random", "engine": "vllm"})

@@ -1,0 +1,206 @@
+"""Several runs beside each other: accuracies and paired differences over seeds and prompts.
+
+Runs that differ in nothing but their seed are one arm.  Every run answered the same held-out prompts, so seeds and
+prompts are two crossed factors; both are resampled (the pigeonhole bootstrap, Owen 2007).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from cluster.watch.intervals import Interval
+from cluster.watch.results import COMPOSED, MEAN
+
+RESAMPLES = 10_000
+Outcomes = Mapping[str, Sequence[int]]
+
+
+class ComparisonError(ValueError):
+    """Runs that cannot be compared; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.  settings: its flat configuration; outcomes: of its router, per task, 0 or 1 a prompt."""
+
+    folder: Path
+    seed: int
+    settings: Mapping[str, Any]
+    outcomes: Outcomes
+    samples: int
+    train_s: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An accuracy or a difference with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        """In percent."""
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed only.
+
+    label: what tells it from the other arms.
+    accuracy: by column.  difference: from the first arm over the seeds that both have; empty for the first.
+    """
+
+    label: str
+    seeds: tuple[int, ...]
+    runs: tuple[str, ...]
+    samples: int
+    train_s: float
+    accuracy: Mapping[str, Cell]
+    difference: Mapping[str, Cell]
+
+
+def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
+    """The arms in the order of their first runs; the first is what the others are compared with.
+
+    Raises:
+        ComparisonError: when runs answered different prompts, an arm has a seed twice, or an arm shares no seed with
+            the first.
+    """
+    if len({tuple((task, len(given)) for task, given in sorted(run.outcomes.items())) for run in runs}) > 1:
+        raise ComparisonError("the runs answered different held-out prompts: compare runs of equal data and evaluation")
+    arms: dict[str, dict[int, Run]] = {}
+    for run, label in zip(runs, labels(runs), strict=True):
+        if run.seed in (mine := arms.setdefault(label, {})):
+            raise ComparisonError(f"{run.folder} and {mine[run.seed].folder} are the same arm and seed {run.seed}")
+        mine[run.seed] = run
+    (first_label, first), *_ = arms.items()
+    columns = _columns(runs[0].outcomes)
+    found = []
+    for label, mine in arms.items():
+        shared = sorted(mine.keys() & first.keys())
+        if not shared:
+            raise ComparisonError(
+                f"the arm {label!r} shares no seed with {first_label!r}: differences are paired by seed"
+            )
+        alone = [mine[s].outcomes for s in sorted(mine)]
+        differences = [_minus(mine[s].outcomes, first[s].outcomes) for s in shared]
+        found.append(
+            Arm(
+                label=label,
+                seeds=tuple(sorted(mine)),
+                runs=tuple(str(mine[s].folder) for s in sorted(mine)),
+                samples=round(np.mean([run.samples for run in mine.values()])),
+                train_s=float(np.mean([run.train_s for run in mine.values()])),
+                accuracy={column: crossed(alone, column, seed) for column in columns},
+                difference={c: crossed(differences, c, seed) for c in columns} if label != first_label else {},
+            )
+        )
+    return found
+
+
+def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0) -> Cell:
+    """The mean over seeds and prompts with its interval; `outcomes` has one entry a seed.
+
+    A mean over tasks weighs them alike, and tasks' prompts are resampled each for itself.
+    """
+    generator = np.random.default_rng(seed)
+    tasks = list(outcomes[0]) if column == MEAN else [column]
+    seeds = generator.multinomial(len(outcomes), [1 / len(outcomes)] * len(outcomes), size=RESAMPLES) / len(outcomes)
+    value, means = 0.0, np.zeros(RESAMPLES)
+    for task in tasks:
+        table = np.array([given[task] for given in outcomes], dtype=float)
+        prompts = table.shape[1]
+        weights = generator.multinomial(prompts, [1 / prompts] * prompts, size=RESAMPLES) / prompts
+        means += np.einsum("rs,sp,rp->r", seeds, table, weights, optimize=True) / len(tasks)
+        value += table.mean() / len(tasks)
+    bounds = Interval(*(float(bound) for bound in np.percentile(means, [2.5, 97.5])))
+    return Cell(float(value), bounds.low, bounds.high)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """For each run, the settings in which it differs from any other, apart from its seed."""
+    keys = sorted({key for run in runs for key in run.settings})
+    differing = [key for key in keys if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
+    return [", ".join(f"{key}={run.settings.get(key)}" for key in differing) or "all the same" for run in runs]
+
+
+def table(arms: Sequence[Arm]) -> Table:
+    """For the terminal: accuracies, then differences from the first arm, in points."""
+    columns = list(arms[0].accuracy)
+    shown = Table("arm", title="accuracy, % [95 % over seeds and prompts]; below it the difference from the first arm")
+    for name in ("seeds", "samples", *columns):
+        shown.add_column(name, justify="right", no_wrap=name in columns)
+    for arm in arms:
+        cells = []
+        for column in columns:
+            cell = Text(arm.accuracy[column].text)
+            if column in arm.difference:
+                cell.append("\n").append_text(_signed(arm.difference[column]))
+            cells.append(cell)
+        shown.add_row(arm.label, str(len(arm.seeds)), f"{arm.samples:,}", *cells)
+    return shown
+
+
+def markdown(arms: Sequence[Arm]) -> str:
+    """The same as a Markdown table."""
+    columns = list(arms[0].accuracy)
+    lines = [f"| arm | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for arm in arms:
+        cells = [
+            arm.accuracy[c].text + (f"<br>{_plain(arm.difference[c])}" if c in arm.difference else "") for c in columns
+        ]
+        lines.append(f"| {arm.label} | {len(arm.seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(arms: Sequence[Arm], folder: Path) -> list[Path]:
+    """`results.json`, `results.csv` and `results.md`; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(
+        ("arm", "seeds", "column", "accuracy", "low", "high", "difference", "difference_low", "difference_high")
+    )
+    for arm in arms:
+        for column, cell in arm.accuracy.items():
+            other = arm.difference.get(column)
+            more = (other.value, other.low, other.high) if other else ("", "", "")
+            rows.writerow((arm.label, len(arm.seeds), column, cell.value, cell.low, cell.high, *more))
+    texts = {
+        "results.json": json.dumps([asdict(arm) for arm in arms], indent=1) + "\n",
+        "results.csv": text.getvalue(),
+        "results.md": markdown(arms),
+    }
+    for name, content in texts.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def _columns(outcomes: Outcomes) -> list[str]:
+    return [*sorted(outcomes, key=lambda task: (task != COMPOSED, task)), MEAN]
+
+
+def _minus(one: Outcomes, other: Outcomes) -> dict[str, list[float]]:
+    return {task: [a - b for a, b in zip(one[task], other[task], strict=True)] for task in one}
+
+
+def _plain(cell: Cell) -> str:
+    return f"{100 * cell.value:+.1f} [{100 * cell.low:+.1f}, {100 * cell.high:+.1f}]"
+
+
+def _signed(cell: Cell) -> Text:
+    style = "green" if cell.low > 0 else "red" if cell.high < 0 else "bright_black"
+    return Text(_plain(cell), style=style)

@@ -1,0 +1,38 @@
+"""Collaborators trained by the same learner, and `musketeers compare` on their runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.conftest import Runs
+
+pytestmark = pytest.mark.e2e
+
+
+def compare(runs: Runs, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command."""
+    return runs.start([sys.executable, "-m", "cluster.cli", "compare", *arguments])
+
+
+def test_a_static_prefix_trains_and_is_compared_with_the_router(runs: Runs) -> None:
+    for kind in ("perceiver", "static"):
+        done = runs.train(f"run={kind}", f"router.kind={kind}", "steps=3")
+        assert done.returncode == 0, done.stdout + done.stderr
+    static = runs.metrics("static")
+    assert all(line["router/grad_norm"] > 0 for line in static)
+    assert all(line["attention/digits/one"] == 0 for line in static)
+    folders = [str(runs.folder / "runs" / kind) for kind in ("perceiver", "static")]
+    said = compare(runs, *folders, "--out", str(runs.folder / "out"))
+    assert said.returncode == 0, said.stderr
+    assert "router.kind=perceiver" in said.stdout and "router.kind=static" in said.stdout
+    arms = json.loads((runs.folder / "out" / "results.json").read_text())
+    assert [arm["seeds"] for arm in arms] == [[0], [0]] and set(arms[1]["difference"]) == {"digits", "mean"}
+
+
+def test_a_run_that_has_not_finished_is_refused(runs: Runs) -> None:
+    said = compare(runs, str(runs.folder / "runs" / "nowhere"))
+    assert said.returncode == 2 and "is no run's folder" in " ".join(said.stderr.split())

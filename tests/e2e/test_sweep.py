@@ -1,0 +1,91 @@
+"""Grids of runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ConfigError
+from cluster.run.sweep import grid
+from tests.e2e.conftest import Runs
+from tests.jobs.nodes import wait_for
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_grid_has_every_combination_with_every_seed(runs: Runs) -> None:
+    points = grid(runs.recipe, ["steps=3"], ["router.kind=perceiver,static", "learner.learning_rate=1e-3, 2e-3"], 2)
+    assert [point.config.run for point in points[:3]] == [
+        "run-kind_perceiver-learning_rate_1e_3-s0",
+        "run-kind_perceiver-learning_rate_2e_3-s0",
+        "run-kind_static-learning_rate_1e_3-s0",
+    ]
+    assert len({p.config.run for p in points}) == len(points) == 8
+    assert {(p.config.router.kind, p.config.learner.learning_rate, p.config.seed) for p in points} == {
+        (kind, rate, seed) for kind in ("perceiver", "static") for rate in (1e-3, 2e-3) for seed in (0, 1)
+    }
+    assert all(point.config.steps == 3 for point in points)
+
+
+@pytest.mark.parametrize(
+    ("over", "reason"),
+    [
+        ("router.kind", "is not of the form key=value,value"),
+        ("seed=1,2", "gives its runs names and seeds itself"),
+        ("learner.learning_rate=1e-3,1e-3", "two runs the name"),
+        ("router.knd=static", "unknown key 'router.knd'"),
+    ],
+)
+def test_what_is_no_grid_is_refused(runs: Runs, over: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        grid(runs.recipe, [], [over], 1)
+
+
+def test_a_run_of_that_name_that_computes_something_else_is_refused(runs: Runs) -> None:
+    (point,) = grid(runs.recipe, [], [], 1)
+    point.config.folder.mkdir(parents=True)
+    (point.config.folder / "config.yaml").write_text(point.config.as_yaml())
+    grid(runs.recipe, ["steps=99"], [], 1)
+    with pytest.raises(ConfigError, match=r"run-s0 is another run \(learner.learning_rate differ\)"):
+        grid(runs.recipe, ["learner.learning_rate=9e-4"], [], 1)
+
+
+@pytest.mark.slow
+def test_interrupted_and_started_again_it_runs_only_what_is_missing(runs: Runs) -> None:
+    command = [
+        sys.executable, "-m", "cluster.cli", "sweep", str(runs.recipe), "steps=20", "--seeds", "2",
+        "--over", "router.kind=perceiver,static", "--out", str(runs.folder / "out"),
+    ]  # fmt: skip
+    first = subprocess.Popen(command, env=runs.environment(), cwd=runs.folder, stdout=subprocess.PIPE, text=True)
+
+    def done(name: str) -> Path:
+        return runs.folder / "runs" / name / "summary.json"
+
+    def steps(name: str) -> list[int]:
+        path = runs.folder / "runs" / name / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    wait_for("the second run", lambda: len(steps("run-kind_static-s0")) >= 4, 200, 0.1)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 130 and "the same command goes on with what is missing" in output
+    assert done("run-kind_perceiver-s0").is_file() and not done("run-kind_static-s0").is_file()
+    checkpoints = list((runs.folder / "runs" / "run-kind_static-s0" / "checkpoints").glob("step-*/manifest.json"))
+    assert max(int(path.parent.name[5:]) for path in checkpoints) >= 4, "the run under way was not stopped, but killed"
+    written = done("run-kind_perceiver-s0").stat().st_mtime_ns
+    again = runs.start(command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "4 runs, 1 of them finished before" in again.stdout
+    assert done("run-kind_perceiver-s0").stat().st_mtime_ns == written
+    for kind in ("perceiver", "static"):
+        for seed in (0, 1):
+            assert steps(f"run-kind_{kind}-s{seed}") == list(range(1, 21))
+    arms = json.loads((runs.folder / "out" / "results.json").read_text())
+    assert [(arm["label"], arm["seeds"]) for arm in arms] == [
+        ("router.kind=perceiver", [0, 1]), ("router.kind=static", [0, 1]),
+    ]  # fmt: skip

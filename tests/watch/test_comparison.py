@@ -1,0 +1,91 @@
+"""Runs beside each other: arms, pairing, intervals over seeds and prompts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.watch.comparison import ComparisonError, Run, compare, crossed, labels, markdown, write
+from cluster.watch.results import MEAN
+
+
+def run(kind: str, seed: int, share: float = 0.5, prompts: int = 200, **settings: object) -> Run:
+    """A run whose answers are right with some chance; equal seeds have equal luck."""
+    luck = np.random.default_rng(seed)
+    outcomes = {task: [int(u < share) for u in luck.random(prompts)] for task in ("chain_sum", "composed")}
+    return Run(Path(f"runs/{kind}-{seed}"), seed, {"router.kind": kind, "steps": 10, **settings}, outcomes, 100, 5.0)
+
+
+def test_runs_that_differ_in_their_seed_are_one_arm_and_labels_say_what_else_differs() -> None:
+    arms = compare([run("perceiver", 0), run("static", 0), run("perceiver", 1), run("static", 1)])
+    assert [(arm.label, arm.seeds) for arm in arms] == [
+        ("router.kind=perceiver", (0, 1)),
+        ("router.kind=static", (0, 1)),
+    ]
+    assert list(arms[0].accuracy) == ["composed", "chain_sum", MEAN]
+    assert labels([run("static", 0), run("static", 1)]) == ["all the same"] * 2
+
+
+def test_differences_are_paired_by_seed_and_prompt() -> None:
+    """Equal luck leaves no spread but that of the prompts that only one arm gets right."""
+    seeds = range(4)
+    arms = compare([*(run("static", s, 0.5) for s in seeds), *(run("perceiver", s, 0.6) for s in seeds)])
+    (difference,) = [arm.difference["composed"] for arm in arms[1:]]
+    assert difference.value == pytest.approx(0.1, abs=0.03) and difference.low > 0.05
+    alone = arms[1].accuracy["composed"]
+    assert difference.high - difference.low < alone.high - alone.low
+    assert not arms[0].difference
+
+
+def test_only_seeds_that_both_arms_have_are_compared() -> None:
+    arms = compare([run("static", 0, 0.5), run("static", 1, 0.5), run("perceiver", 1, 0.5), run("perceiver", 2, 0.9)])
+    assert arms[1].seeds == (1, 2) and arms[1].difference["composed"].value == 0.0
+    with pytest.raises(ComparisonError, match="shares no seed"):
+        compare([run("static", 0), run("perceiver", 1)])
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(ComparisonError, match="different held-out prompts"):
+        compare([run("static", 0), run("perceiver", 0, prompts=100)])
+    with pytest.raises(ComparisonError, match="same arm and seed 0"):
+        compare([run("static", 0), run("static", 0)])
+
+
+def test_intervals_cover_the_truth_when_seeds_and_prompts_both_vary() -> None:
+    """A bootstrap over prompts alone would be far too sure: 95 % must hold for another seed and other prompts."""
+    rng = np.random.default_rng(0)
+    covered = narrow = 0
+    for trial in range(60):
+        lucky, hard = rng.normal(0, 0.6, size=8), rng.normal(0, 1, size=150)
+        chance = 1 / (1 + np.exp(-(lucky[:, None] + hard[None])))
+        answers = [{"t": (rng.random(150) < row).astype(int).tolist()} for row in chance]
+        # The truth over all seeds and prompts of this kind is one half, by symmetry.
+        cell = crossed(answers, "t", seed=trial)
+        covered += cell.low <= 0.5 <= cell.high
+        pooled = np.mean([a["t"] for a in answers])
+        narrow += abs(pooled - 0.5) <= 1.96 * (0.25 / (8 * 150)) ** 0.5
+    assert covered >= 52, covered
+    assert narrow < covered - 10, "the trap that this guards against is not one"
+
+
+def test_one_seed_leaves_the_prompts() -> None:
+    cell = crossed([{"t": [1, 0] * 100}], "t")
+    assert (
+        cell.value == 0.5 and cell.low == pytest.approx(0.43, abs=0.02) and cell.high == pytest.approx(0.57, abs=0.02)
+    )
+
+
+def test_files(tmp_path: Path) -> None:
+    arms = compare([run("static", 0), run("perceiver", 0, 0.7)])
+    written = {path.name: path.read_text() for path in write(arms, tmp_path)}
+    assert (
+        json.loads(written["results.json"])[1]["difference"]["composed"]["value"]
+        == arms[1].difference["composed"].value
+    )
+    rows = list(csv.DictReader(written["results.csv"].splitlines()))
+    assert len(rows) == 6 and rows[0]["difference"] == "" and float(rows[3]["difference"]) > 0
+    assert markdown(arms).count("\n") == 4 and "router.kind=perceiver" in written["results.md"]
