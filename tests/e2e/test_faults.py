@@ -70,9 +70,11 @@ def steps(runs: Runs) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(what: str, condition: object, child: subprocess.Popen[bytes], runs: Runs) -> None:
+def wait_for(
+    what: str, condition: object, child: subprocess.Popen[bytes], runs: Runs, limit_s: float = DEADLINE_S
+) -> None:
     """Waits for a condition; a run that ended early, or a deadline, fails with its output."""
-    until = time.monotonic() + DEADLINE_S
+    until = time.monotonic() + limit_s
     while not condition():  # type: ignore[operator]
         output = (runs.folder / "output.txt").read_text()
         assert child.poll() is None, f"the run ended before {what}:\n{output[-3000:]}"

@@ -45,7 +45,8 @@ def test_a_run_whose_engines_are_killed_ends_by_itself_with_every_prompt_trained
         f" {{name: two, model: {wide / 'two'}, max_tokens: 32, {', '.join(vllm)}}}]",
     )
     with running(runs, *arguments) as child:
-        wait_for("step 3", lambda: steps(runs) >= 3, child, runs)
+        # Four engines start one after the other: two that train, and one that comes and goes for the baselines.
+        wait_for("step 3", lambda: steps(runs) >= 3, child, runs, 480)
         for kind in ("rollout", "expert"):
             before = steps(runs)
             for process in engines(child, kind):
