@@ -19,6 +19,7 @@ from experts.config import CacheConfig, EngineConfig, ExpertConfig, RouterConfig
 from learner.config import AlgorithmConfig, LearnerConfig
 from rewards.config import DataConfig, RewardsConfig
 from rollout.config import PolicyConfig, SamplingConfig
+from rollout.text import unknown_fields
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -175,12 +176,22 @@ class RunConfig(BaseModel):
                 "execution: inline runs in one process: set learner.ranks, policy.workers, rewards.workers and the "
                 "experts' replicas to 1"
             )
+        if unknown := unknown_fields(self.router.text.template, names):
+            raise ValueError(
+                f"router.text.template: {{{unknown[0]}}} is neither {{prompt}} nor {{answers}} nor one of the experts "
+                f"{', '.join(names)}"
+            )
         limit = self.pipeline.open_groups
         if limit is not None and limit < self.learner.groups:
             raise ValueError(
                 f"pipeline.open_groups {limit} is less than learner.groups {self.learner.groups}: no update could form"
             )
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train; a run without is measured only."""
+        return self.policy.lora is not None or self.router.kind not in ("none", "text")
 
     @property
     def prompts_per_call(self) -> int:

@@ -199,11 +199,37 @@ class CalibrationConfig(BaseModel):
         return self
 
 
+class TextConfig(BaseModel):
+    """Output-level collaboration: what the experts answer goes into the policy's prompt as text.
+
+    template: of the prompt's last message.  `{prompt}` is its content, `{NAME}` what the expert of that name answers,
+        and `{answers}` one line an expert, with its name.
+    max_new_tokens: that an expert decodes, greedily; None takes `sampling.max_new_tokens`.
+    """
+
+    model_config = FROZEN
+    template: str = "Other models answered as follows, and may be wrong.\n{answers}\n\n{prompt}"
+    max_new_tokens: int | None = Field(None, ge=1)
+
+    @field_validator("template")
+    @classmethod
+    def _has_the_prompt(cls, template: str) -> str:
+        if "{prompt}" not in template:
+            raise ValueError("router.text.template has no {prompt}: the policy would not see the question")
+        return template
+
+
 class RouterConfig(BaseModel):
     """The trainable collaborator.
 
-    kind: `perceiver`; `static`, a learned prefix that is the same for every prompt; or `module:Class` of your own with
-        the same constructor and forward.
+    kind: `perceiver`; `top1`, a Perceiver that is shown one expert a prompt, which it chooses; `static`, a learned
+        prefix that is the same for every prompt; `none`, no prefix; `text`, no prefix either, but the experts' answers
+        in the prompt; or `module:Class` of your own with the constructor and forward of `Perceiver`.
+    gate: a choice for every prompt whether it gets a prefix at all.
+    null_expert: an expert that knows nothing and that the latents may attend to instead of the others.
+    states: whose states the experts give for a prompt: its `own`, or, as controls, those of its `task` (always the same
+        prompt of the task, which says which task it is and nothing else), or of another prompt with another answer, of
+        the same task (`shuffled_within_task`) or of any (`shuffled`).
     init: a folder with a saved router to start from.
     feedforward: hidden width of the feed-forward block, as a multiple of `width`.
     expert_dropout: chance that an expert is hidden from the router for a group, in training only;
@@ -220,9 +246,16 @@ class RouterConfig(BaseModel):
     expert_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     calibration: CalibrationConfig = CalibrationConfig()
     prefix: PrefixConfig = PrefixConfig()
+    gate: bool = False
+    null_expert: bool = False
+    states: Literal["own", "task", "shuffled", "shuffled_within_task"] = "own"
+    text: TextConfig = TextConfig()
 
     @model_validator(mode="after")
     def _heads(self) -> RouterConfig:
         if self.width % self.heads:
             raise ValueError(f"router.width {self.width} is not a multiple of router.heads {self.heads}")
+        for key in ("gate", "null_expert"):
+            if getattr(self, key) and self.kind in ("static", "none", "text"):
+                raise ValueError(f"router.{key} is for a router that reads states, not for kind: {self.kind}")
         return self

@@ -27,6 +27,7 @@ class Encoded:
     rows: the prompts' places among those that were asked for: several copies of an expert share the work.
     hits, misses: of the feature cache, for these prompts.
     seconds: time spent encoding.
+    answers: the expert's own, instead of features, where these were asked for.
     """
 
     expert: str
@@ -36,6 +37,7 @@ class Encoded:
     misses: int
     seconds: float
     rows: tuple[int, ...]
+    answers: tuple[str, ...] = ()
 
 
 def whole(parts: Sequence[Encoded]) -> list[Encoded]:
@@ -59,14 +61,16 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
     if sorted(placed) != list(range(sum(len(part.rows) for part in parts))):
         raise ValueError(f"expert {parts[0].expert}: the parts of its copies are not one whole")
     rows = [placed[row] for row in range(len(placed))]
+    answered = bool(parts[0].answers)
     return Encoded(
         parts[0].expert,
-        tuple(part.keys[index] for part, index in rows),
-        tuple(part.features[index] for part, index in rows),
+        () if answered else tuple(part.keys[index] for part, index in rows),
+        () if answered else tuple(part.features[index] for part, index in rows),
         sum(part.hits for part in parts),
         sum(part.misses for part in parts),
         max(part.seconds for part in parts),
         tuple(range(len(rows))),
+        tuple(part.answers[index] for part, index in rows) if answered else (),
     )
 
 
@@ -145,8 +149,14 @@ class Expert:
         """Gets ready for calls of `answer`, or of `encode` again; without it the first such call does."""
         self.encoder.prepare(answers)
 
+    def answers(self, prompts: Sequence[Messages], rows: Sequence[int], max_new_tokens: int) -> Encoded:
+        """The expert's own greedy answers, in place of features."""
+        start = time.perf_counter()
+        said = tuple(self.answer(prompts, max_new_tokens))
+        return Encoded(self.config.name, (), (), 0, 0, time.perf_counter() - start, tuple(rows), said)
+
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
-        """The expert's own greedy answers (a baseline; never part of training)."""
+        """The expert's own greedy answers, as texts."""
         answers: list[str] = []
         for at in range(0, len(prompts), self.config.batch):
             rows = [self._tokens(messages) for messages in prompts[at : at + self.config.batch]]

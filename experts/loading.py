@@ -6,13 +6,15 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
+
+from experts.adapter import MARK, Adapter, LoraConfig
 
 
 class ModelError(ValueError):
@@ -36,6 +38,7 @@ class FrozenModel:
     tokenizer: Any
     end_tokens: tuple[int, ...]
     pad_id: int
+    adapter: Adapter | None = None
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +55,7 @@ class FrozenModel:
         """Number of distinct parameters."""
         if isinstance(self.model, EmbeddingsOnly):
             return self.model.parameters_of_all
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(p.numel() for name, p in self.model.named_parameters() if MARK not in name)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token embeddings, (..., width), detached."""
@@ -115,9 +118,10 @@ def tokenizer_text(tokenizer: Any) -> str:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash over every parameter's and buffer's name, shape, dtype and bytes, in name order."""
+    """Hash over every parameter's and buffer's name, shape, dtype and bytes, in name order; adapters are left out."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    own = {n.replace(".base_layer.", "."): tensor for n, tensor in model.state_dict().items() if MARK not in n}
+    for name, tensor in sorted(own.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -251,11 +255,18 @@ def import_transformers() -> Any:
 
 
 def load_frozen(
-    path: str, dtype: str = "float32", device: str = "cpu", name: str | None = None, untrained: bool = False
+    path: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    name: str | None = None,
+    untrained: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> FrozenModel:
     """Loads a causal language model and freezes it.
 
     untrained: with the weights that its architecture starts from, always the same, instead of those that are stored.
+    lora: an adapter to be put in, which is all of it that can train; seed: of its start.
 
     Raises:
         ModelError: when it cannot be found or read, needs a package that is not here, or has no end token.
@@ -269,7 +280,7 @@ def load_frozen(
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
-    return _frozen(path, name, model.to(device), tokenizer, getattr(model, "generation_config", None))
+    return _frozen(path, name, model.to(device), tokenizer, getattr(model, "generation_config", None), lora, seed)
 
 
 def _untrained(path: str, dtype: torch.dtype) -> Any:
@@ -281,8 +292,12 @@ def _untrained(path: str, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(dtype)
 
 
-def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) -> FrozenModel:
+def load_embeddings(
+    path: str, dtype: str = "float32", name: str | None = None, lora: LoraConfig | None = None
+) -> FrozenModel:
     """A model's tokenizer and input embeddings alone: its weights are in an engine of their own.
+
+    lora: the adapter then has names and shapes only, for a router's snapshots.
 
     Raises:
         ModelError: when it cannot be found or read, or has no end token.
@@ -304,7 +319,10 @@ def load_embeddings(path: str, dtype: str = "float32", name: str | None = None) 
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     embedding.weight = nn.Parameter(tensor.to(getattr(torch, dtype)), requires_grad=False)
-    return _frozen(path, name, EmbeddingsOnly(config, embedding, count), tokenizer, generation)
+    adapter = None if lora is None else Adapter(whole, lora, 0)
+    return replace(
+        _frozen(path, name, EmbeddingsOnly(config, embedding, count), tokenizer, generation), adapter=adapter
+    )
 
 
 def _stored(path: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -325,12 +343,22 @@ def _generation_config(path: str) -> Any:
     return GenerationConfig.from_pretrained(path)
 
 
-def _frozen(path: str, name: str | None, model: Any, tokenizer: Any, generation_config: Any) -> FrozenModel:
+def _frozen(
+    path: str,
+    name: str | None,
+    model: Any,
+    tokenizer: Any,
+    generation_config: Any,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+) -> FrozenModel:
     model.requires_grad_(False)
     model.eval()
     ends = end_tokens(tokenizer, path, generation_config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    return FrozenModel(path, name or path, model, tokenizer, ends, pad_id)
+    adapter = None if lora is None else Adapter(model, lora, seed)
+    model.eval()
+    return FrozenModel(path, name or path, model, tokenizer, ends, pad_id, adapter)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from experts.calibration import whiten_input
 from experts.config import RouterConfig
+from experts.plugins import load_plugin
 
 
 class RouterOutput(NamedTuple):
-    """prefix: (batch, latents, policy width); attention: (batch, heads, latents, experts), 1 in sum over experts."""
+    """What a router makes of a batch.
+
+    prefix: (batch, latents, policy width).
+    attention: (batch, heads, latents, experts), 1 in sum over experts, less where there is a null expert.
+    options: (batch, options) log-probabilities of the choice it takes for each prompt, if it takes any.
+    """
 
     prefix: Float[Tensor, "batch latents width"]
     attention: Float[Tensor, "batch heads latents experts"]
+    options: Float[Tensor, "batch options"] | None = None
+
+
+Asks = Literal["states", "answers", "nothing"]
+Pick = Callable[[Float[Tensor, "batch options"]], Int[Tensor, " batch"]]
+CLOSED_AT_FIRST = -2.0  # log-odds against no prefix at all: an eighth of the prompts try it
 
 
 class Perceiver(nn.Module):
@@ -35,6 +47,7 @@ class Perceiver(nn.Module):
         learned_norms: which experts' normalised states get a trained gain and bias.
     """
 
+    asks: ClassVar[Asks] = "states"  # of the experts about every prompt
     anchors: Tensor | None
 
     def __init__(
@@ -69,6 +82,17 @@ class Perceiver(nn.Module):
         self.output = nn.Parameter(
             torch.randn(config.latents, width, policy_width) * config.prefix.scale * embedding_rms
         )
+        self.null = nn.Parameter(torch.randn(width)) if config.null_expert else None
+        self.gate = config.gate
+        self.choose: nn.Module | None = None
+        if (options := self.options(len(widths), config)) > 1:
+            last = nn.Linear(len(widths) * width, options)
+            # Every choice alike at first, but a gate open: it is there to be closed where that helps.
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            if config.gate:
+                nn.init.constant_(last.bias[-1:], CLOSED_AT_FIRST)
+            self.choose = nn.Sequential(nn.LayerNorm(len(widths) * width), last)
         repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
         self.register_buffer("anchors", repeated)
 
@@ -79,22 +103,43 @@ class Perceiver(nn.Module):
             states = feature.flatten(0, 1)
             whiten_input(project, states[states.ne(0).any(dim=-1)], ridge)
 
+    @staticmethod
+    def options(experts: int, config: RouterConfig) -> int:
+        """How many choices there are for a prompt: what `shown` is for each, and last, with a gate, no prefix."""
+        return 1 + config.gate
+
+    def shown(self, visible: Bool[Tensor, "batch experts"], choice: Int[Tensor, " batch"]) -> Bool[Tensor, "batch e"]:
+        """The experts that a choice shows."""
+        return visible
+
     def forward(
-        self, features: Sequence[Float[Tensor, "batch tokens width"]], visible: Bool[Tensor, "batch experts"]
+        self,
+        features: Sequence[Float[Tensor, "batch tokens width"]],
+        visible: Bool[Tensor, "batch experts"],
+        pick: Pick | None = None,
     ) -> RouterOutput:
         """Makes a prefix for every prompt.
 
         Args:
             features: one tensor an expert; experts may differ in tokens and width.  A state of zeros is padding.
             visible: False hides an expert; every row must show at least one.
+            pick: takes (batch, options) log-probabilities to the (batch,) choice, for a router that has one; None
+                takes the most likely.
         """
         states = [
             project(norm(feature)) + self.expert_embedding[index] + self._places(feature)
             for index, (norm, project, feature) in enumerate(zip(self.norms, self.project, features, strict=True))
         ]
+        options = None
+        if self.choose is not None:
+            options = self._options(features, states, visible)
+            visible = self.shown(visible, options.detach().argmax(dim=-1) if pick is None else pick(options.detach()))
         counts = [state.shape[1] for state in states]
-        keys = torch.cat(states, dim=1)
         shown = torch.cat([visible[:, i : i + 1] & _real(feature) for i, feature in enumerate(features)], dim=1)
+        if self.null is not None:
+            states = [*states, self.null.expand(len(shown), 1, -1)]
+            shown = torch.cat([shown, shown.new_ones(len(shown), 1)], dim=1)
+        keys = torch.cat(states, dim=1)
         batch, _, width = keys.shape
         by_head = (self.heads, width // self.heads)
         query = self.query(self.latents).unflatten(-1, by_head).transpose(-2, -3)  # the same for every prompt
@@ -103,8 +148,23 @@ class Perceiver(nn.Module):
         attention = scores.masked_fill(~shown[:, None, None, :], float("-inf")).softmax(dim=-1)
         mixed = (attention @ value).transpose(1, 2).reshape(batch, -1, width)
         prefix = self._prefix(self.latents + self.merge(mixed))
-        per_expert = torch.stack([part.sum(dim=-1) for part in attention.split(counts, dim=-1)], dim=-1)
-        return RouterOutput(prefix, per_expert)
+        of_experts = attention[..., : sum(counts)].split(counts, dim=-1)
+        per_expert = torch.stack([part.sum(dim=-1) for part in of_experts], dim=-1)
+        return RouterOutput(prefix, per_expert, options)
+
+    def _options(
+        self, features: Sequence[Tensor], states: Sequence[Tensor], visible: Bool[Tensor, "batch experts"]
+    ) -> Float[Tensor, "batch options"]:
+        """Log-probabilities, from the mean state of every expert that is visible."""
+        means = []
+        for index, (feature, state) in enumerate(zip(features, states, strict=True)):
+            real = (_real(feature) & visible[:, index : index + 1]).unsqueeze(-1).to(state.dtype)
+            means.append((state * real).sum(dim=1) / real.sum(dim=1).clamp_min(1))
+        assert self.choose is not None
+        return self._allowed(self.choose(torch.cat(means, dim=1)), visible).log_softmax(dim=-1)
+
+    def _allowed(self, logits: Tensor, visible: Bool[Tensor, "batch experts"]) -> Tensor:
+        return logits
 
     def _prefix(self, hidden: Float[Tensor, "batch latents hidden"]) -> Float[Tensor, "batch latents width"]:
         """Each slot's embedding from what its latent has gathered."""
@@ -122,11 +182,36 @@ class Perceiver(nn.Module):
         return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(tokens, width % 2)], dim=-1)
 
 
+class Top1(Perceiver):
+    """Hard routing: the Perceiver is shown the states of one expert, which it has chosen.
+
+    The choice is an action: sampled in training, the most likely one else, and trained by its own policy gradient
+    (`learner.choices`), because no gradient of the prefix reaches it.
+    """
+
+    @staticmethod
+    def options(experts: int, config: RouterConfig) -> int:
+        """An expert each, and last, with a gate, no prefix."""
+        return experts + config.gate
+
+    def shown(self, visible: Bool[Tensor, "batch experts"], choice: Int[Tensor, " batch"]) -> Bool[Tensor, "batch e"]:
+        """The chosen expert; of a closed gate all that are visible, which counts for nothing."""
+        experts = torch.arange(visible.shape[1], device=visible.device)
+        return torch.where((choice < len(experts))[:, None], experts == choice[:, None], visible)
+
+    def _allowed(self, logits: Tensor, visible: Bool[Tensor, "batch experts"]) -> Tensor:
+        hidden = torch.zeros_like(logits, dtype=torch.bool)
+        hidden[:, : visible.shape[1]] = ~visible
+        return logits.masked_fill(hidden, float("-inf"))
+
+
 class StaticPrefix(Perceiver):
     """The same prefix for every prompt: a Perceiver whose latents gather nothing, with the same way to a prefix.
 
     What is left of a gain when the experts are left out.  Its attention is zero.
     """
+
+    asks = "nothing"
 
     def __init__(
         self,
@@ -138,14 +223,17 @@ class StaticPrefix(Perceiver):
     ) -> None:
         super().__init__(config, widths, policy_width, embedding_rms, anchors)
         # Only what makes the prefix stays, so that its size and its gradient are its own.
-        for unused in ("norms", "project", "expert_embedding", "query", "key", "value", "merge"):
+        for unused in ("norms", "project", "expert_embedding", "query", "key", "value", "merge", "null", "choose"):
             delattr(self, unused)
 
     def calibrate(self, features: Sequence[Tensor], ridge: float) -> None:
         """There is nothing that reads states."""
 
     def forward(
-        self, features: Sequence[Float[Tensor, "batch tokens width"]], visible: Bool[Tensor, "batch experts"]
+        self,
+        features: Sequence[Float[Tensor, "batch tokens width"]],
+        visible: Bool[Tensor, "batch experts"],
+        pick: Pick | None = None,
     ) -> RouterOutput:
         """See `Perceiver.forward`; the features count for nothing."""
         batch, experts = visible.shape
@@ -154,7 +242,66 @@ class StaticPrefix(Perceiver):
         return RouterOutput(prefix, prefix.new_zeros(batch, 1, slots, experts))
 
 
-ROUTERS: dict[str, type[nn.Module]] = {"perceiver": Perceiver, "static": StaticPrefix}
+class NoPrefix(nn.Module):
+    """No slots at all: what is left is the policy, alone or with an adapter of its own.  Its attention is zero."""
+
+    asks: ClassVar[Asks] = "nothing"
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        widths: Sequence[int],
+        policy_width: int,
+        embedding_rms: float,
+        anchors: Float[Tensor, "anchors width"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy_width = policy_width
+
+    def forward(
+        self,
+        features: Sequence[Float[Tensor, "batch tokens width"]],
+        visible: Bool[Tensor, "batch experts"],
+        pick: Pick | None = None,
+    ) -> RouterOutput:
+        """See `Perceiver.forward`."""
+        batch, experts = visible.shape
+        nothing = torch.zeros(batch, 0, self.policy_width, device=visible.device)
+        return RouterOutput(nothing, nothing.new_zeros(batch, 1, 1, experts))
+
+
+class TextOnly(NoPrefix):
+    """Output-level collaboration: the experts' answers are in the policy's prompt (`rollout.text`)."""
+
+    asks = "answers"
+
+
+ROUTERS: dict[str, type[nn.Module]] = {
+    "perceiver": Perceiver,
+    "top1": Top1,
+    "static": StaticPrefix,
+    "none": NoPrefix,
+    "text": TextOnly,
+}
+
+
+def chooses(router: nn.Module) -> bool:
+    """Whether a router takes a choice for every prompt, and so wants a `pick`."""
+    return getattr(router, "choose", None) is not None
+
+
+def closed_choice(router: nn.Module, options: Float[Tensor, "batch options"]) -> int:
+    """The choice that means no prefix: the last one of a router with a gate; -1 where none does."""
+    return options.shape[1] - 1 if getattr(router, "gate", False) else -1
+
+
+def router_class(kind: str) -> type[nn.Module]:
+    """The class of a `router.kind`.
+
+    Raises:
+        PluginError: when it is neither known nor leads anywhere.
+    """
+    return ROUTERS.get(kind) or load_plugin(kind, "router.kind")
 
 
 def _real(feature: Float[Tensor, "batch tokens width"]) -> Bool[Tensor, "batch tokens"]:

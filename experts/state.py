@@ -17,10 +17,10 @@ import xxhash
 from safetensors.numpy import load_file, save
 from torch import nn
 
+from experts.adapter import as_parameters
 from experts.config import RouterConfig
 from experts.loading import FrozenModel
-from experts.plugins import load_plugin
-from experts.router import ROUTERS
+from experts.router import router_class
 
 Arrays = dict[str, np.ndarray]
 
@@ -87,8 +87,8 @@ def embedding_rms(policy: FrozenModel) -> float:
 
 
 def build_router(config: RouterConfig, shape: RouterShape, policy: FrozenModel, seed: int = 0) -> nn.Module:
-    """A fresh router; the same seed gives the same weights whatever was drawn before."""
-    kind = ROUTERS.get(config.kind) or load_plugin(config.kind, "router.kind")
+    """A fresh router, with the policy's adapter if it has one; the same seed gives the same weights always."""
+    kind = router_class(config.kind)
     anchors = None
     if config.prefix.init == "anchored":
         anchors = policy.embed(torch.tensor(config.prefix.anchor_tokens, device=policy.device)).float().cpu()
@@ -96,8 +96,12 @@ def build_router(config: RouterConfig, shape: RouterShape, policy: FrozenModel, 
         torch.manual_seed(seed)
         # A router of your own need not know of learned norms unless a run asks for them.
         learned = tuple(norm == "learned" for norm in shape.norms)
-        extra = {"learned_norms": learned} if any(learned) and config.kind != "static" else {}
-        return kind(config, shape.widths, shape.policy_width, shape.embedding_rms, anchors, **extra)
+        reads = getattr(kind, "asks", "states") == "states"
+        extra = {"learned_norms": learned} if any(learned) and reads else {}
+        router = kind(config, shape.widths, shape.policy_width, shape.embedding_rms, anchors, **extra)
+    if policy.adapter is not None:
+        router.adapter = as_parameters(policy.adapter.initial())
+    return router
 
 
 def take_arrays(router: nn.Module) -> Arrays:

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -30,6 +31,7 @@ SUPPORTED = SpecifierSet(">=0.32,<0.33")
 INSTALL = "run make install-vllm"
 HEALTH_S = 1.0
 CLOSE_S = 60.0
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 EMPTY = hashlib.sha256(b"").hexdigest()
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -100,6 +102,7 @@ class VllmEngine:
         runner: `generate` samples answers, `pooling` gives hidden states.
         pooling: which states: the last or the first token's, their mean, or all of them.
         on_death: called once, from another thread, when the engine's process is gone.
+        adapter_rank: of the LoRA adapters that requests may bring; None takes none.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class VllmEngine:
         threads: int = 0,
         on_death: Callable[[], None] | None = None,
         seed: int = 0,
+        adapter_rank: int | None = None,
     ) -> None:
         check_installed()
         os.environ.update(ENVIRONMENT)
@@ -118,6 +122,7 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(threads)
         self.path, self.pooling, self.dead = path, pooling, False
         self._on_death, self._numbers, self._closing = on_death, itertools.count(), False
+        self._adapter_rank, self._adapter_ids = adapter_rank, dict[Path, int]()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -150,6 +155,9 @@ class VllmEngine:
             arguments |= {"enable_prompt_embeds": True, "logprobs_mode": "processed_logprobs"}
         else:
             arguments |= _pooler(self.pooling)
+        if self._adapter_rank is not None:
+            fitting = [rank for rank in ADAPTER_RANKS if rank >= self._adapter_rank]
+            arguments |= {"enable_lora": True, "max_lora_rank": fitting[0], "max_loras": 4, "max_cpu_loras": 8}
         if on_gpu:
             arguments["gpu_memory_utilization"] = config.memory_share
         else:
@@ -175,6 +183,7 @@ class VllmEngine:
         max_new_tokens: int,
         end_tokens: Sequence[int],
         seeds: Sequence[int] | None,
+        adapter: Path | None = None,
     ) -> list[list[Sample]]:
         """Several answers to every prompt.
 
@@ -182,6 +191,7 @@ class VllmEngine:
             prompts: (tokens, width) embeddings or the token ids of each, never a mixture, whose mask vLLM's prefix
                 cache does not see (vLLM issue 56655).
             seeds: one a prompt; None where sampling is greedy.
+            adapter: folder of a LoRA adapter; equal folders must hold equal ones.
 
         Raises:
             EngineDiedError: when the engine's process is gone.
@@ -202,11 +212,14 @@ class VllmEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
 
+        lora = None if adapter is None else self._adapter(adapter)
+
         async def one(prompt: Tensor | Sequence[int], seed: int | None) -> list[Sample]:
             last = None
             kind = "prompt_embeds" if isinstance(prompt, Tensor) else "prompt_token_ids"
             asked = {kind: prompt if isinstance(prompt, Tensor) else list(prompt)}
-            async for output in self._engine.generate(asked, sampling(seed), str(next(self._numbers))):
+            number = str(next(self._numbers))
+            async for output in self._engine.generate(asked, sampling(seed), number, lora_request=lora):
                 last = output
             assert last is not None
             return [_sample(made) for made in sorted(last.outputs, key=lambda made: made.index)]
@@ -216,6 +229,12 @@ class VllmEngine:
             return await _together([one(p, s) for p, s in zip(prompts, each, strict=True)])
 
         return self._asked(every())
+
+    def _adapter(self, folder: Path) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapter_ids.setdefault(folder, len(self._adapter_ids) + 1)
+        return LoRARequest(lora_name=folder.name, lora_int_id=number, lora_path=str(folder))
 
     def states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """(tokens, width) float32 last-layer states of every prompt, after the final norm.

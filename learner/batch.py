@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.choices import group_advantages
 from learner.losses import Denominators
 from rollout.sequence import CompletionBatch
 from rollout.types import FinishReason, Group, RewardStatus
@@ -39,7 +40,8 @@ def global_denominators(groups: Sequence[Group], constant_length: int | None) ->
     """Counted over the whole update, before any rank starts."""
     ok = ok_mask(groups)
     lengths = np.array([[len(c.tokens) for c in group.completions] for group in groups])
-    return Denominators(int(ok.sum()), int((lengths * ok).sum()), constant_length or 0)
+    completions, tokens = int(ok.sum()), int((lengths * ok).sum())
+    return Denominators(completions, tokens, constant_length or 0, len(groups), group_advantages(groups))
 
 
 def micro_batches(groups: Sequence[Group], slots: int, limit: int) -> Iterator[list[int]]:

@@ -56,6 +56,7 @@ class AlgorithmConfig(BaseModel):
         takes its place in the update.
     correction: of the sampling engine's log-probabilities, by the weight exp(old - sampler): `tis` cuts it at
         `correction_cap`; `icepop` drops tokens whose weight is outside [`icepop_low`, `icepop_high`]; `none`.
+    choice_entropy: bonus on the entropy of a router's choices (`router.kind: top1`, `router.gate`).
     """
 
     model_config = FROZEN
@@ -69,6 +70,7 @@ class AlgorithmConfig(BaseModel):
     correction_cap: float = Field(2.0, ge=0.0)
     icepop_low: float = Field(0.5, ge=0.0, le=1.0)
     icepop_high: float = Field(5.0, ge=1.0)
+    choice_entropy: float = Field(0.01, ge=0.0)
     kl: KLConfig = KLConfig()
 
     @model_validator(mode="before")

@@ -86,6 +86,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def trains(router: nn.Module) -> bool:
+    """Whether there is anything to train."""
+    return next(router.parameters(), None) is not None
+
+
 class RouterEngine:
     """DeepSpeed around the router: ZeRO 0 to 2, float32, AdamW, gradient clipping.
 
@@ -133,14 +138,17 @@ class RouterEngine:
         """The router's forward, through the engine."""
         return self.engine(*inputs)
 
-    def backward(self, prefix: Tensor, gradient: Tensor) -> None:
+    def backward(self, prefix: Tensor, gradient: Tensor, more: Tensor | None = None) -> None:
         """Carries d loss / d prefix through the router; afterwards gradients are summed over ranks.
+
+        more: a loss of the router's own.
 
         Gradients of a backward that no step followed do not count.
         """
         if self.config.zero_stage == 0:
             self.module.zero_grad()
-        self.engine.backward((prefix * gradient.to(prefix.dtype)).sum() * self.world)
+        loss = (prefix * gradient.to(prefix.dtype)).sum()
+        self.engine.backward((loss if more is None else loss + more) * self.world)
 
     def gradients(self) -> Arrays:
         """Raw gradients before clipping, between backward and step (for tests and replay)."""
@@ -161,6 +169,10 @@ class RouterEngine:
     def _norm(self) -> float:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])).item()
+
+    def optimised(self) -> list[nn.Parameter]:
+        """What the optimizer holds."""
+        return [parameter for group in self.engine.optimizer.param_groups for parameter in group["params"]]
 
     def optimizer_state(self) -> OptimizerState:
         """Gathered from all ranks (every rank must call)."""
@@ -223,6 +235,29 @@ class RouterEngine:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value)
+
+
+class Untrained(RouterEngine):
+    """In the place of `RouterEngine` for a collaborator without parameters, which is only measured."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self._router = router
+
+    @property
+    def module(self) -> nn.Module:
+        """See `RouterEngine.module`."""
+        return self._router
+
+    def optimised(self) -> list[nn.Parameter]:
+        """Nothing."""
+        return []
+
+    def optimizer_state(self) -> OptimizerState:
+        """Nothing."""
+        return OptimizerState(0, {})
+
+    def load(self, arrays: Arrays, state: OptimizerState) -> None:
+        """There is nothing to restore."""
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -6,7 +6,8 @@ accumulate into one gradient, and the policy never holds more than one micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from experts.adapter import Arrays
 from experts.loading import FrozenModel
 from learner.advantages import has_signal
 from learner.algorithms import ALGORITHMS, GRPO, LossTerms, TokenBatch
@@ -53,6 +55,25 @@ class Sums:
         return self.values.get(name, 0.0) / max(self.values.get(per, 0.0), 1.0)
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """Values of the policy's adapter other than the present ones.
+
+    version: the present one.  old: by version, of the routers that sampled the groups.  initial: before training.
+    """
+
+    version: int = 0
+    old: Mapping[int, Arrays] = field(default_factory=dict)
+    initial: Arrays = field(default_factory=dict)
+
+    def of(self, groups: Sequence[Group]) -> Arrays | None:
+        """Of groups of one version; None where that is the present one."""
+        return self.old.get(groups[0].router.version)
+
+
+NO_ADAPTERS = Adapters()
+
+
 class PrefixGradient:
     """Runs the frozen policy forwards and backwards for the groups of one rank.
 
@@ -83,6 +104,7 @@ class PrefixGradient:
         initial_prefix: Prefix | None,
         denominators: Denominators,
         measure_kl: bool = True,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[Prefix, Sums]:
         """The gradient of these groups' share of the loss, and their metrics.
 
@@ -91,17 +113,22 @@ class PrefixGradient:
             old_prefix: of the routers that sampled the groups, or None where that is the same router.
             initial_prefix: of the router before training, when it is the KL reference.
             measure_kl: also when it is not in the loss.
+            adapters: of the policy; what the loss says of the present one is left in its parameters' gradients.
         """
         gradient, sums = torch.zeros_like(prefix), Sums()
         measured = [(self.penalised or measure_kl) and self._is_measured(group) for group in groups]
-        wanted = [i for i, group in enumerate(groups) if (self.penalised and measured[i]) or self._teaches(group)]
-        for batch in micro_batches([groups[i] for i in wanted], prefix.shape[1], self.microbatch_tokens):
-            rows = [wanted[i] for i in batch]
+        # Without a prefix, nothing that this router does changes a completion's chance.
+        wanted = [
+            i
+            for i, group in enumerate(groups)
+            if (group.draws.open or self.policy.adapter) and ((self.penalised and measured[i]) or self._teaches(group))
+        ]
+        for rows in self._micro_batches(groups, wanted, prefix.shape[1]):
             leaf = prefix[rows].detach().requires_grad_(True)
             old = None if old_prefix is None else old_prefix[rows]
             initial = None if initial_prefix is None else initial_prefix[rows]
             known = [measured[i] for i in rows]
-            loss = self._loss([groups[i] for i in rows], leaf, old, initial, known, denominators, sums)
+            loss = self._loss([groups[i] for i in rows], leaf, old, initial, known, denominators, sums, adapters)
             if loss.requires_grad:
                 loss.backward()
             if leaf.grad is not None:
@@ -117,14 +144,21 @@ class PrefixGradient:
         measured: list[bool],
         denominators: Denominators,
         sums: Sums,
+        adapters: Adapters,
     ) -> Tensor:
         slots, temperature = leaf.shape[1], groups[0].sampling.temperature
-        statistics, completions = self._statistics(groups, leaf, slots, temperature)
+        old, found = None, None
+        # Before the graph exists that needs the adapter's present values.
         with torch.no_grad():
-            old = statistics.logprobs.detach()
             if old_prefix is not None:
-                old = self._statistics(groups, old_prefix, slots, temperature)[0].logprobs
-            reference = self._reference(groups, initial, measured, statistics.logprobs) if any(measured) else None
+                with self._holding(adapters.of(groups)):
+                    old = self._statistics(groups, old_prefix, slots, temperature)[0].logprobs
+            if any(measured):
+                found = self._reference(groups, initial, measured, adapters)
+        statistics, completions = self._statistics(groups, leaf, slots, temperature)
+        now = statistics.logprobs.detach()
+        old = now if old is None else old
+        reference = None if found is None else _measured_only(found, measured, now)
         target = targets(groups, completions)
         batch = TokenBatch(statistics.logprobs, old, target.sampler, reference, target.rewards, target.ok, target.valid)
         terms = self.algorithm.loss(batch, denominators)
@@ -136,19 +170,35 @@ class PrefixGradient:
             sums.add(kl=torch.where(counted, terms.kl, 0.0).sum().item(), kl_tokens=counted.sum().item())
         return terms.loss
 
+    def _micro_batches(self, groups: Sequence[Group], wanted: list[int], slots: int) -> Iterator[list[int]]:
+        """Places of groups that go through the policy together; with an adapter, those of one version."""
+        versions = {groups[i].router.version for i in wanted} if self.policy.adapter else {None}
+        for version in sorted(versions, key=str):
+            mine = [i for i in wanted if version is None or groups[i].router.version == version]
+            for batch in micro_batches([groups[i] for i in mine], slots, self.microbatch_tokens):
+                yield [mine[i] for i in batch]
+
     def _reference(
-        self, groups: Sequence[Group], initial: Prefix | None, measured: list[bool], logprobs: Tensor
+        self, groups: Sequence[Group], initial: Prefix | None, measured: list[bool], adapters: Adapters
     ) -> Tensor:
-        """The reference's log-probabilities; of groups that are not measured the policy's own: KL and gradient 0."""
+        """The reference's log-probabilities of the groups that are measured."""
         chosen = [i for i, asked in enumerate(measured) if asked]
         some = [groups[i] for i in chosen]
         prefix = None if initial is None else initial[chosen]
         slots = 0 if prefix is None else prefix.shape[1]
-        found = self._statistics(some, prefix, slots, groups[0].sampling.temperature)[0].logprobs
-        reference = logprobs.detach().clone()
-        by_group = reference.view(len(groups), -1, reference.shape[1])
-        by_group[chosen, :, : found.shape[1]] = found.view(len(some), -1, found.shape[1])
-        return reference
+        adapter = self.policy.adapter
+        if adapter is None:
+            context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        elif self.kl.reference == "initial_router":
+            context = adapter.holding(adapters.initial)
+        else:
+            context = adapter.off()
+        with context:
+            return self._statistics(some, prefix, slots, groups[0].sampling.temperature)[0].logprobs
+
+    def _holding(self, values: Arrays | None) -> contextlib.AbstractContextManager[None]:
+        adapter = self.policy.adapter
+        return contextlib.nullcontext() if adapter is None or values is None else adapter.holding(values)
 
     def _teaches(self, group: Group) -> bool:
         # An algorithm of the user's own may find something in groups whose rewards are all the same.
@@ -166,9 +216,20 @@ class PrefixGradient:
         self, groups: Sequence[Group], prefix: Prefix | None, slots: int, temperature: float
     ) -> tuple[TokenStatistics, CompletionBatch]:
         device, pad_id = self.policy.device, self.policy.pad_id
-        prompts = lay_out_prompts([g.prompt_tokens for g in groups], slots, pad_id, self.position, device=device)
+        shown = torch.tensor([g.draws.open for g in groups])[:, None].expand(-1, slots)
+        tokens = [g.prompt_tokens for g in groups]
+        prompts = lay_out_prompts(tokens, slots, pad_id, self.position, shown, device)
         completions = lay_out_completions(prompts, [[c.tokens for c in g.completions] for g in groups], pad_id)
         return completion_logprobs(self.policy, prompts, prefix, completions, temperature), completions
+
+
+def _measured_only(found: Tensor, measured: list[bool], logprobs: Tensor) -> Tensor:
+    """The reference's log-probabilities; of groups that are not measured the policy's own: KL and gradient 0."""
+    chosen = [i for i, asked in enumerate(measured) if asked]
+    reference = logprobs.clone()
+    by_group = reference.view(len(measured), -1, reference.shape[1])
+    by_group[chosen, :, : found.shape[1]] = found.view(len(chosen), -1, found.shape[1])
+    return reference
 
 
 def _count(sums: Sums, batch: TokenBatch, statistics: TokenStatistics, terms: LossTerms) -> None:

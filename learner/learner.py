@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.adapter import MARK, Adapter, LoraConfig, adapter_arrays, by_name
 from experts.config import RouterConfig
 from experts.expert import Encoded, whole
 from experts.loading import load_frozen, weights_sha256
 from experts.prefix import sketch
+from experts.router import chooses
 from experts.state import (
     Arrays,
     RouterShape,
@@ -30,9 +32,10 @@ from experts.state import (
 )
 from learner.algorithms import build_algorithm
 from learner.batch import global_denominators
+from learner.choices import Choices, choice_loss
 from learner.config import AlgorithmConfig, LearnerConfig
-from learner.engine import OptimizerState, Rendezvous, RouterEngine, init_ranks
-from learner.gradient import PrefixGradient, Sums
+from learner.engine import OptimizerState, Rendezvous, RouterEngine, Untrained, init_ranks, trains
+from learner.gradient import Adapters, PrefixGradient, Sums
 from learner.losses import Denominators
 from rollout.types import Group, Rollout
 
@@ -83,6 +86,7 @@ class LearnerSpec:
     max_staleness: int
     steps: int
     threads: int = 0
+    lora: LoraConfig | None = None
     experts_dtypes: tuple[str, ...] = ("float32",)
 
 
@@ -96,10 +100,10 @@ class LearnerRank:
         device = "cuda" if spec.learner.gpus and torch.cuda.is_available() else "cpu"
         self.spec, self.place = spec, place
         self.tolerance = max(SKETCH_TOLERANCE[dtype] for dtype in spec.experts_dtypes)
-        self.policy = load_frozen(spec.policy_path, spec.policy_dtype, device, "policy")
+        self.policy = load_frozen(spec.policy_path, spec.policy_dtype, device, "policy", lora=spec.lora, seed=spec.seed)
         router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device)
         self.old_router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device).requires_grad_(False)
-        self.engine = RouterEngine(router, spec.learner, spec.steps)
+        self.engine = RouterEngine(router, spec.learner, spec.steps) if trains(router) else Untrained(router)
         self.gradient = PrefixGradient(
             self.policy,
             build_algorithm(spec.algorithm),
@@ -127,8 +131,9 @@ class LearnerRank:
 
     def trainable(self) -> dict[str, Any]:
         """What the optimizer holds, for the proof that only the router trains."""
-        optimised = sum(p.numel() for group in self.engine.engine.optimizer.param_groups for p in group["params"])
-        grads = [name for name, p in self.policy.model.named_parameters() if p.requires_grad or p.grad is not None]
+        optimised = sum(p.numel() for p in self.engine.optimised())
+        own = [(name, p) for name, p in self.policy.model.named_parameters() if MARK not in name]
+        grads = [name for name, p in own if p.requires_grad or p.grad is not None]
         router = sum(p.numel() for p in self.engine.module.parameters())
         return {"optimised": optimised, "router": router, "policy_with_gradient": grads}
 
@@ -196,18 +201,58 @@ class LearnerRank:
         device = self.policy.device
         stacked = stack_features(features, device)
         visible = torch.from_numpy(np.stack([g.draws.expert_mask for g in groups])).to(device)
-        prefix = self.engine(stacked, visible).prefix
+        choices = Choices.of(groups, device) if chooses(self.engine.module) else None
+        out = self.engine(stacked, visible, *([choices] if choices else []))
+        prefix, adapter = out.prefix, self.policy.adapter
+        if adapter is not None:
+            adapter.put(by_name(self.engine.module.adapter))  # type: ignore[arg-type]
+            adapter.take_gradients()
         measure_kl = self.gradient.penalised or self.version % KL_EVERY == 0
         with torch.no_grad():
-            old = self._old_prefix(groups, stacked, visible, prefix)
+            old = self._old_prefix(groups, stacked, visible, prefix, choices)
             wants_initial = measure_kl and self.gradient.kl.reference == "initial_router"
-            initial = self._run_old(self.initial, stacked, visible) if wants_initial else None
-        gradient, sums = self.gradient(groups, prefix.detach(), old, initial, denominators, measure_kl)
-        self.engine.backward(prefix, gradient)
+            initial = self._run_old(self.initial, stacked, visible, choices) if wants_initial else None
+        gradient, sums = self.gradient(
+            groups, prefix.detach(), old, initial, denominators, measure_kl, self._adapters(groups)
+        )
+        more = None if adapter is None else self._through_adapter(adapter)
+        if choices is not None and out.options is not None:
+            loss = self._choice_loss(groups, out.options, choices, denominators, sums)
+            more = loss if more is None else more + loss
+        self.engine.backward(prefix, gradient, more)
         return sums
 
+    def _adapters(self, groups: Sequence[Group]) -> Adapters:
+        """Of the versions that sampled these groups, apart from the present one, and of the router before training."""
+        if self.policy.adapter is None:
+            return Adapters()
+        stale = {group.router.version for group in groups} - {self.version}
+        old = {version: adapter_arrays(self.history[version].arrays) for version in stale}
+        return Adapters(self.version, old, adapter_arrays(self.initial))
+
+    def _through_adapter(self, adapter: Adapter) -> Tensor:
+        """A loss whose gradient is what the micro-batches have left in the policy's adapter."""
+        found, masters = adapter.take_gradients(), by_name(self.engine.module.adapter)  # type: ignore[arg-type]
+        return torch.stack([(masters[name] * gradient).sum() for name, gradient in found.items()]).sum()
+
+    def _choice_loss(
+        self, groups: Sequence[Group], options: Tensor, choices: Choices, denominators: Denominators, sums: Sums
+    ) -> Tensor:
+        """This rank's share of the mean over all groups."""
+        a = self.spec.algorithm
+        mine = torch.tensor([denominators.group_advantages[g.ordinal] for g in groups], device=options.device)
+        loss, entropy = choice_loss(options, choices, mine, (a.eps_low, a.eps_high), a.choice_entropy)
+        closed = float(sum(not group.draws.open for group in groups))
+        sums.add(choices=float(len(groups)), choice_entropy=entropy, closed=closed)
+        return loss / denominators.groups
+
     def _old_prefix(
-        self, groups: Sequence[Group], features: list[Tensor], visible: Tensor, prefix: Tensor
+        self,
+        groups: Sequence[Group],
+        features: list[Tensor],
+        visible: Tensor,
+        prefix: Tensor,
+        choices: Choices | None = None,
     ) -> Tensor | None:
         """Prefixes of the routers that sampled these groups; None when that is the current router for all."""
         rebuilt = prefix.detach()
@@ -218,15 +263,18 @@ class LearnerRank:
                     f"a group of router version {version} came at version {self.version}: older than kept"
                 )
             rows = torch.tensor([g.router.version == version for g in groups], device=prefix.device)
-            made = self._run_old(self.history[version].arrays, [f[rows] for f in features], visible[rows])
+            theirs = None if choices is None else choices[rows]
+            made = self._run_old(self.history[version].arrays, [f[rows] for f in features], visible[rows], theirs)
             rebuilt = rebuilt.clone()
             rebuilt[rows] = made
         self._refuse_other_prefix(groups, rebuilt)
         return rebuilt if stale else None
 
-    def _run_old(self, arrays: Arrays, features: list[Tensor], visible: Tensor) -> Tensor:
+    def _run_old(
+        self, arrays: Arrays, features: list[Tensor], visible: Tensor, choices: Choices | None = None
+    ) -> Tensor:
         put_arrays(self.old_router, arrays)
-        return self.old_router(features, visible).prefix
+        return self.old_router(features, visible, *([choices] if choices else [])).prefix
 
     def _refuse_other_prefix(self, groups: Sequence[Group], rebuilt: Tensor) -> None:
         # Anchors are the same for every prompt and may dwarf what the router adds: only its own part sets the scale.
@@ -236,9 +284,10 @@ class LearnerRank:
         theirs = np.stack(
             [g.prefix_sketch if len(g.prefix_sketch) == slots else np.full(slots, np.inf) for g in groups]
         )
-        own, largest = np.abs(mine - common).max(axis=1), np.abs(mine).max(axis=1)
+        own, largest = np.abs(mine - common).max(axis=1, initial=0.0), np.abs(mine).max(axis=1, initial=0.0)
         limit = np.maximum(np.maximum(self.tolerance * own, ROUNDING * largest), 1e-15)
         close = (np.abs(mine - theirs) <= limit[:, None]).all(axis=1)
+        close &= np.array([len(g.prefix_sketch) == slots for g in groups])
         for group, same in zip(groups, close, strict=True):
             known = self.history[group.router.version].checksum
             if not same or (group.router.checksum != known and not self.replaying):

@@ -7,7 +7,8 @@ outside, because they are global over the whole update.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,11 +22,16 @@ LOG_RATIO_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class Denominators:
-    """Of the whole update, over all ranks: valid completions, their tokens, and the constant length."""
+    """Of the whole update, over all ranks: valid completions, their tokens, the constant length, and groups.
+
+    group_advantages: of the groups as wholes, by ordinal, for the choices that a router takes.
+    """
 
     completions: int
     tokens: int
     constant_length: int = 0
+    groups: int = 1
+    group_advantages: Mapping[int, float] = field(default_factory=dict)
 
 
 def token_weights(valid: Mask, how: Literal["sequence", "token", "constant"], denominators: Denominators) -> PerToken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from experts.adapter import LoraConfig
 from experts.config import EngineConfig
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -14,10 +15,13 @@ class PolicyConfig(EngineConfig):
 
     model: a Hugging Face folder or name, or `zoo/<world>/<model>`.
     workers (or replicas): rollout workers, each with its own copy of the policy.
+    lora: an adapter that trains together with the router: the only part of the policy that ever changes, and off
+        unless asked for.
     """
 
     model_config = FROZEN | ConfigDict(populate_by_name=True)
     workers: int = Field(1, ge=1, validation_alias=AliasChoices("workers", "replicas"))
+    lora: LoraConfig | None = None
 
 
 class SamplingConfig(BaseModel):

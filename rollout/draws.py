@@ -29,6 +29,11 @@ def token_uniforms(seed: int, ordinal: int, version: int, samples: int, length: 
     return (bits >> 11) * 2.0**-53
 
 
+def choice_uniform(seed: int, ordinal: int, version: int) -> float:
+    """The draw in [0, 1) behind a router's choice for a prompt."""
+    return float(generator(seed, ordinal, version, "choice").random())
+
+
 def request_seed(seed: int, ordinal: int, version: int) -> int:
     """For an engine that draws by itself: below 2**31, so that it may count samples up from there."""
     digest = hashlib.blake2b("|".join(map(str, (seed, ordinal, version, "request"))).encode(), digest_size=4).digest()

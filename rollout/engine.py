@@ -6,6 +6,7 @@ exactly one router version.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,8 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from experts.adapter import adapter_arrays
 from experts.loading import FrozenModel, weights_sha256
-from rollout.sequence import PrefixPosition, Tokens, lay_out_prompts, next_positions, with_prefix
+from experts.state import RouterSnapshot
+from rollout.sequence import PrefixPosition, PromptBatch, Tokens, lay_out_prompts, next_positions, with_prefix
 from rollout.types import Completion, FinishReason, Sampling
 
 
@@ -28,11 +31,13 @@ class Request:
     uniforms: (samples, max_new_tokens) float64 draws in [0, 1), one a sampled token; they make a
         completion independent of what else is in the batch.
     seed: for an engine that draws by itself.
+    open: whether the prompt gets its prefix.
     """
 
     tokens: Tokens
     uniforms: np.ndarray | None
     seed: int = 0
+    open: bool = True
 
 
 class PolicyEngine(Protocol):
@@ -41,9 +46,16 @@ class PolicyEngine(Protocol):
     needs_uniforms: bool
 
     def generate(
-        self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        prefix: Float[Tensor, "batch slots width"] | None,
+        sampling: Sampling,
+        snapshot: RouterSnapshot | None = None,
     ) -> list[list[Completion]]:
-        """`sampling.samples` completions for every request; no prefix means no slots at all."""
+        """`sampling.samples` completions for every request; no prefix means no slots at all.
+
+        snapshot: whose adapter the policy is to have; None means the frozen policy.
+        """
         ...
 
     def sha256(self) -> str:
@@ -63,17 +75,39 @@ class TransformersEngine:
     def __init__(self, policy: FrozenModel, position: PrefixPosition) -> None:
         self.policy = policy
         self.position: PrefixPosition = position
+        self._adapter = ""
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        prefix: Float[Tensor, "batch slots width"] | None,
+        sampling: Sampling,
+        snapshot: RouterSnapshot | None = None,
     ) -> list[list[Completion]]:
         """See `PolicyEngine.generate`.  Temperature 0 takes the most likely token."""
+        with self._adapted(snapshot):
+            return self._generate(requests, prefix, sampling)
+
+    def _adapted(self, snapshot: RouterSnapshot | None) -> contextlib.AbstractContextManager[None]:
+        adapter = self.policy.adapter
+        if adapter is None:
+            return contextlib.nullcontext()
+        if snapshot is None:
+            return adapter.off()
+        if snapshot.checksum != self._adapter:
+            adapter.put(adapter_arrays(snapshot.arrays))
+            self._adapter = snapshot.checksum
+        return contextlib.nullcontext()
+
+    def _generate(
+        self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
+    ) -> list[list[Completion]]:
         from transformers import DynamicCache
 
         model, device = self.policy.model, self.policy.device
         slots = 0 if prefix is None else prefix.shape[1]
-        batch = lay_out_prompts([r.tokens for r in requests], slots, self.policy.pad_id, self.position, device=device)
+        batch = lay_out_requests(requests, slots, self.policy.pad_id, self.position, device)
         embedded = with_prefix(self.policy.embed(batch.tokens), prefix, batch)
         cache = DynamicCache()
         out = model(
@@ -143,6 +177,14 @@ class TransformersEngine:
             for row, text in zip(rows, self.policy.tokenizer.batch_decode(shown), strict=True)
         }
         return [made[key] for key in keys]
+
+
+def lay_out_requests(
+    requests: Sequence[Request], slots: int, pad_id: int, position: PrefixPosition, device: torch.device | str = "cpu"
+) -> PromptBatch:
+    """See `lay_out_prompts`; the slots of requests without prefix are hidden."""
+    shown = torch.tensor([request.open for request in requests])[:, None].expand(-1, slots)
+    return lay_out_prompts([request.tokens for request in requests], slots, pad_id, position, shown, device)
 
 
 def pick(

@@ -120,9 +120,14 @@ class Draws:
     """Every random draw of the collaborator for one group, so that the learner can repeat it.
 
     expert_mask: (experts,) bool, True where the expert was visible to the router.
+    choice, choice_logprob: which option a router that chooses took, and how likely that was; -1 if it does not choose.
+    open: whether the policy got the prefix at all.
     """
 
     expert_mask: np.ndarray
+    choice: int = -1
+    choice_logprob: float = 0.0
+    open: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,14 +238,14 @@ class Rollout:
             if len(mine) != count:
                 raise ValueError(f"prompt {ordinal}: {len(mine)} scores for {count} completions")
         counts = [(count, count) for count, _ in self._wire[4]]
-        return _from_wire((*self._wire[:4], counts, *self._wire[5:14], *_pack_scores(scores)), *self._cost())
+        return _from_wire((*self._wire[:4], counts, *self._wire[5:15], *_pack_scores(scores)), *self._cost())
 
     def answers(self) -> list[tuple[Prompt, list[str]]]:
         """Every group's prompt and the texts of its completions."""
         if self._groups is not None:
             return [(group.prompt, [c.text for c in group.completions]) for group in self._groups]
         prompts, _, _, _, counts, *_ = self._wire
-        texts, said = self._wire[11], iter(self._wire[13])
+        texts, said = self._wire[12], iter(self._wire[14])
         return [
             (_prompt(prompt), [texts[place] for place in itertools.islice(said, count)])
             for prompt, (count, _) in zip(prompts, counts, strict=True)
@@ -250,8 +255,8 @@ class Rollout:
         """What bookkeeping needs of every group."""
         if self._groups is not None:
             return [_facts(group) for group in self._groups]
-        prompts, _, routers, prefixes, counts, prompt_tokens, _, _, attentions, tokens, *_ = self._wire
-        cut, said = [finish == FinishReason.LENGTH.value for finish in self._wire[12]], iter(self._wire[13])
+        prompts, _, routers, prefixes, counts, _, prompt_tokens, _, _, attentions, tokens, *_ = self._wire
+        cut, said = [finish == FinishReason.LENGTH.value for finish in self._wire[13]], iter(self._wire[14])
         sizes = [shape[0] * _BYTES_A_TOKEN for shape in tokens[1]]
         columns = zip(prompts, routers, prefixes, counts, prompt_tokens[1], _cut(attentions), strict=True)
         found = []
@@ -313,6 +318,7 @@ def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
         [(g.router.version, g.router.incarnation, g.router.checksum) for g in groups],
         [(g.prefix_hash, g.prefix_rms_ratio, g.feature_keys) for g in groups],
         [(len(g.completions), len(g.scores)) for g in groups],
+        [(g.draws.choice, g.draws.choice_logprob, g.draws.open) for g in groups],
         _join([g.prompt_tokens for g in groups], np.int64),
         _join([g.draws.expert_mask for g in groups], bool),
         _join([g.prefix_sketch for g in groups], np.float32),
@@ -346,7 +352,7 @@ def distinct_objects(objects: Sequence[T]) -> tuple[list[T], list[int]]:
 
 
 def _unpack(packed: tuple[Any, ...]) -> tuple[Group, ...]:
-    prompts, samplings, routers, prefixes, counts, *rest = packed
+    prompts, samplings, routers, prefixes, counts, choices, *rest = packed
     tokenised, masks, sketches, attentions, tokens, logprobs, texts, finishes, said, verdicts, scored = rest
     distinct = [
         Completion(tokens=t, logprobs=p, text=text, finish=FinishReason(finish))
@@ -354,7 +360,7 @@ def _unpack(packed: tuple[Any, ...]) -> tuple[Group, ...]:
     ]
     judged = [Score(reward=r, status=RewardStatus(s), reason=why, answer=a) for r, s, why, a in verdicts]
     completions, scores = (distinct[i] for i in said), (judged[i] for i in scored)
-    columns = zip(prompts, samplings, routers, prefixes, counts, strict=True)
+    columns = zip(prompts, samplings, routers, prefixes, counts, choices, strict=True)
     arrays = zip(_cut(tokenised), _cut(masks), _cut(sketches), _cut(attentions), strict=True)
     return tuple(
         Group(
@@ -363,7 +369,7 @@ def _unpack(packed: tuple[Any, ...]) -> tuple[Group, ...]:
             completions=tuple(itertools.islice(completions, count)),
             sampling=Sampling(temperature=sampling[0], max_new_tokens=sampling[1], samples=sampling[2]),
             router=RouterStamp(version=router[0], incarnation=router[1], checksum=router[2]),
-            draws=Draws(expert_mask=mask),
+            draws=Draws(expert_mask=mask, choice=choice[0], choice_logprob=choice[1], open=choice[2]),
             prefix_hash=prefix[0],
             prefix_sketch=sketch,
             prefix_rms_ratio=prefix[1],
@@ -371,7 +377,10 @@ def _unpack(packed: tuple[Any, ...]) -> tuple[Group, ...]:
             attention=attention,
             scores=tuple(itertools.islice(scores, score_count)),
         )
-        for (prompt, sampling, router, prefix, (count, score_count)), (prompt_tokens, mask, sketch, attention) in zip(
-            columns, arrays, strict=True
-        )
+        for (prompt, sampling, router, prefix, (count, score_count), choice), (
+            prompt_tokens,
+            mask,
+            sketch,
+            attention,
+        ) in zip(columns, arrays, strict=True)
     )

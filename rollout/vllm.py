@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experts.config import EngineConfig
+from experts.adapter import adapter_arrays, write_adapter
 from experts.loading import FrozenModel
+from experts.state import RouterSnapshot
 from experts.vllm_engine import Sample, VllmEngine
-from rollout.engine import Request
-from rollout.sequence import PrefixPosition, lay_out_prompts, with_prefix
+from rollout.config import PolicyConfig
+from rollout.engine import Request, lay_out_requests
+from rollout.sequence import PrefixPosition, with_prefix
 from rollout.types import Completion, FinishReason, Sampling
+
+ADAPTERS_KEPT = 16  # versions on disk: more than any request under way may ask for
 
 
 class VllmPolicyEngine:
@@ -28,21 +36,31 @@ class VllmPolicyEngine:
     def __init__(
         self,
         policy: FrozenModel,
-        config: EngineConfig,
+        config: PolicyConfig,
         position: PrefixPosition,
         threads: int = 0,
         on_death: Callable[[], None] | None = None,
         seed: int = 0,
     ) -> None:
-        self.policy, self.position = policy, position
-        self.engine = VllmEngine(policy.path, config, "generate", threads=threads, on_death=on_death, seed=seed)
+        self.policy, self.position, self.lora = policy, position, config.lora
+        self._adapters = Path(tempfile.mkdtemp(prefix="musketeers-adapters-"))
+        self._written: list[Path] = []
+        self._writing = threading.Lock()
+        rank = config.lora.rank if config.lora else None
+        self.engine = VllmEngine(
+            policy.path, config, "generate", threads=threads, on_death=on_death, seed=seed, adapter_rank=rank
+        )
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        prefix: Float[Tensor, "batch slots width"] | None,
+        sampling: Sampling,
+        snapshot: RouterSnapshot | None = None,
     ) -> list[list[Completion]]:
         """See `PolicyEngine.generate`."""
-        prompts = self.embeddings([request.tokens for request in requests], prefix)
+        prompts = self.embeddings(requests, prefix)
         greedy = sampling.temperature == 0
         made = self.engine.generate(
             prompts,
@@ -51,17 +69,34 @@ class VllmPolicyEngine:
             sampling.max_new_tokens,
             self.policy.end_tokens,
             None if greedy else [request.seed for request in requests],
+            self._adapter_file(snapshot),
         )
         return [self._completions(samples) for samples in made]
 
     def embeddings(
-        self, prompts: Sequence[Sequence[int] | np.ndarray], prefix: Float[Tensor, "batch slots width"] | None
+        self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None
     ) -> list[Tensor]:
         """(tokens, width) of every prompt with its prefix: the layout's unmasked columns."""
         slots = 0 if prefix is None else prefix.shape[1]
-        batch = lay_out_prompts(prompts, slots, self.policy.pad_id, self.position)
+        batch = lay_out_requests(requests, slots, self.policy.pad_id, self.position)
         embedded = with_prefix(self.policy.embed(batch.tokens), prefix, batch)
         return [row[shown.bool()].contiguous() for row, shown in zip(embedded, batch.mask, strict=True)]
+
+    def _adapter_file(self, snapshot: RouterSnapshot | None) -> Path | None:
+        """The snapshot's adapter as a folder of its version, which vLLM loads once."""
+        if self.lora is None or snapshot is None:
+            return None
+        with self._writing:
+            folder = self._adapters / f"version-{snapshot.version}-{snapshot.checksum}"
+            if not folder.is_dir():
+                whole = folder.with_suffix(".unfinished")
+                write_adapter(whole, adapter_arrays(snapshot.arrays), self.lora, self.policy.path)
+                whole.rename(folder)
+                self._written.append(folder)
+                for old in self._written[:-ADAPTERS_KEPT]:
+                    shutil.rmtree(old)
+                del self._written[:-ADAPTERS_KEPT]
+            return folder
 
     def sha256(self) -> str:
         """Hash of the weights that the engine holds now."""
@@ -70,6 +105,7 @@ class VllmPolicyEngine:
     def close(self) -> None:
         """Ends the engine's processes."""
         self.engine.close()
+        shutil.rmtree(self._adapters, ignore_errors=True)
 
     def _completions(self, samples: Sequence[Sample]) -> list[Completion]:
         """Equal samples are one object, which saves everybody after this most of the work."""

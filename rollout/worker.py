@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from experts.config import RouterConfig
 from experts.expert import Encoded, whole
 from experts.loading import load_embeddings, load_frozen
 from experts.prefix import prefix_hash, sketch
+from experts.router import chooses, closed_choice
 from experts.state import RouterShape, RouterSnapshot, build_router, embedding_rms, put_arrays, stack_features
 from rollout.config import PolicyConfig
-from rollout.draws import collaborator_draws, request_seed, token_uniforms
+from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
 from rollout.engine import PolicyEngine, Request, TransformersEngine
-from rollout.types import Draws, Group, Prompt, Rollout, RouterStamp, Sampling
+from rollout.text import with_answers
+from rollout.types import Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
 
 
 class RolloutWorker:
@@ -35,16 +38,17 @@ class RolloutWorker:
         if policy.engine == "vllm":
             from rollout.vllm import VllmPolicyEngine
 
-            self.policy = load_embeddings(path, policy.dtype, "policy")
+            self.policy = load_embeddings(path, policy.dtype, "policy", policy.lora)
             self.engine = VllmPolicyEngine(
                 self.policy, policy, router.prefix.position, threads, self.engine_died, seed + index
             )
         else:
             device = "cuda" if policy.gpus and torch.cuda.is_available() else "cpu"
-            self.policy = load_frozen(path, policy.dtype, device, "policy")
+            self.policy = load_frozen(path, policy.dtype, device, "policy", lora=policy.lora)
             self.engine = TransformersEngine(self.policy, router.prefix.position)
         self._embedding_rms = embedding_rms(self.policy)
         self._router: torch.nn.Module | None = None
+        self._experts: tuple[str, ...] = ()
         self._stamp: RouterStamp | None = None
         # Calls come from several threads where the engine batches over them; the router belongs to one at a time.
         self._router_lock = threading.Lock()
@@ -82,7 +86,7 @@ class RolloutWorker:
         """Builds the router's module once the experts' widths are known."""
         self._router = build_router(self.router_config, shape, self.policy).to(self.policy.device)
         self._router.requires_grad_(False)
-        self._stamp = None
+        self._experts, self._stamp = shape.experts, None
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, snapshot: RouterSnapshot, *encoded: Encoded
@@ -99,27 +103,33 @@ class RolloutWorker:
         snapshot: RouterSnapshot,
         *encoded: Encoded,
         training: bool = True,
+        alone: bool = False,
     ) -> Rollout:
         """One group a prompt, all under the snapshot's router.
 
-        encoded: every expert's features of these prompts, in the router's order; none at all asks
-            for the frozen policy without a prefix.
+        encoded: every expert's features of these prompts, in the router's order, or answers, which the policy then
+            reads in its prompt; none at all where the router asks for nothing.
         training: draws expert dropout; evaluation shows the router every expert.
+        alone: the frozen policy without anything that is trained.
         """
         start = time.perf_counter()
         encoded = tuple(whole(encoded))
-        dropout = self.router_config.expert_dropout if training else 0.0
-        draws = [collaborator_draws(self.seed, p.ordinal, snapshot.version, len(encoded), dropout) for p in prompts]
-        with self._router_lock:
-            prefix, attention = self._prefix(snapshot, encoded, draws) if encoded else (None, None)
-        tokens = [np.asarray(self.policy.tokenize(prompt.messages), dtype=np.int64) for prompt in prompts]
+        dropout, experts = self.router_config.expert_dropout if training else 0.0, len(self._experts)
+        draws = [collaborator_draws(self.seed, p.ordinal, snapshot.version, experts, dropout) for p in prompts]
+        prefix = attention = None
+        if not alone:
+            with self._router_lock:
+                prefix, attention, draws = self._prefix(snapshot, encoded, prompts, draws, training)
+        tokens = [np.asarray(self.policy.tokenize(m), dtype=np.int64) for m in self._messages(prompts, encoded)]
         requests = [
-            Request(t, self._uniforms(p, snapshot, sampling), request_seed(self.seed, p.ordinal, snapshot.version))
-            for t, p in zip(tokens, prompts, strict=True)
+            Request(
+                t, self._uniforms(p, snapshot, sampling), request_seed(self.seed, p.ordinal, snapshot.version), d.open
+            )
+            for t, p, d in zip(tokens, prompts, draws, strict=True)
         ]
-        completions = self.engine.generate(requests, prefix, sampling)
+        completions = self.engine.generate(requests, prefix, sampling, None if alone else snapshot)
         stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
-        norms = self._rms_ratios(prefix, len(prompts))
+        norms = self._rms_ratios(prefix, draws)
         groups = tuple(
             Group(
                 prompt=prompt,
@@ -128,10 +138,10 @@ class RolloutWorker:
                 sampling=sampling,
                 router=stamp,
                 draws=draws[i],
-                prefix_hash=prefix_hash(prefix[i]) if prefix is not None else "",
+                prefix_hash=prefix_hash(prefix[i]) if prefix is not None and draws[i].open else "",
                 prefix_sketch=sketch(prefix[i : i + 1])[0] if prefix is not None else np.zeros(0, np.float32),
                 prefix_rms_ratio=norms[i],
-                feature_keys=tuple(e.keys[i] for e in encoded),
+                feature_keys=tuple(e.keys[i] for e in encoded if e.keys),
                 attention=attention[i] if attention is not None else np.zeros((0, 0), np.float32),
             )
             for i, prompt in enumerate(prompts)
@@ -147,25 +157,71 @@ class RolloutWorker:
         )
 
     def _prefix(
-        self, snapshot: RouterSnapshot, encoded: Sequence[Encoded], draws: Sequence[Draws]
-    ) -> tuple[Tensor, np.ndarray]:
+        self,
+        snapshot: RouterSnapshot,
+        encoded: Sequence[Encoded],
+        prompts: Sequence[Prompt],
+        draws: list[Draws],
+        training: bool,
+    ) -> tuple[Tensor | None, np.ndarray, list[Draws]]:
+        """Prefixes, attention, and the draws with the router's choices, if it takes any."""
         if self._router is None:
             raise RuntimeError("generate was called before attach: the router's shape is not known")
         stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
         if stamp != self._stamp:
             put_arrays(self._router, snapshot.arrays)
             self._stamp = stamp
-        features = stack_features([e.features for e in encoded], self.policy.device)
+        features = stack_features([e.features for e in encoded if e.features], self.policy.device)
         visible = torch.from_numpy(np.stack([d.expert_mask for d in draws])).to(self.policy.device)
-        out = self._router(features, visible)
-        return out.prefix, out.attention.mean(dim=1).float().cpu().numpy()
+        uniforms = [choice_uniform(self.seed, p.ordinal, snapshot.version) for p in prompts] if training else None
+        choice = Choice(uniforms)
+        out = self._router(features, visible, choice) if chooses(self._router) else self._router(features, visible)
+        if out.options is not None:
+            draws = choice.noted(draws, out.options, closed_choice(self._router, out.options))
+        # "No prefix" means no slots at all.
+        return out.prefix if out.prefix.shape[1] else None, out.attention.mean(dim=1).float().cpu().numpy(), draws
+
+    def _messages(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> list[Sequence[Message]]:
+        """What the policy reads."""
+        if not any(e.answers for e in encoded):
+            return [prompt.messages for prompt in prompts]
+        template = self.router_config.text.template
+        said = [{e.expert: e.answers[row] for e in encoded} for row in range(len(prompts))]
+        return [with_answers(template, p.messages, mine) for p, mine in zip(prompts, said, strict=True)]
 
     def _uniforms(self, prompt: Prompt, snapshot: RouterSnapshot, sampling: Sampling) -> np.ndarray | None:
         if sampling.temperature == 0 or not self.engine.needs_uniforms:
             return None
         return token_uniforms(self.seed, prompt.ordinal, snapshot.version, sampling.samples, sampling.max_new_tokens)
 
-    def _rms_ratios(self, prefix: Tensor | None, prompts: int) -> list[float]:
+    def _rms_ratios(self, prefix: Tensor | None, draws: Sequence[Draws]) -> list[float]:
         if prefix is None:
-            return [0.0] * prompts
-        return (prefix.float().pow(2).mean(dim=(1, 2)).sqrt() / self._embedding_rms).tolist()
+            return [0.0] * len(draws)
+        found = (prefix.float().pow(2).mean(dim=(1, 2)).sqrt() / self._embedding_rms).tolist()
+        return [ratio if mine.open else 0.0 for ratio, mine in zip(found, draws, strict=True)]
+
+
+class Choice:
+    """A router's choices for some prompts: sampled by these draws in [0, 1), or the most likely ones without."""
+
+    def __init__(self, uniforms: Sequence[float] | None) -> None:
+        self._uniforms = uniforms
+
+    def __call__(self, logprobs: Tensor) -> Tensor:
+        """(batch, options) log-probabilities to (batch,) choices."""
+        if self._uniforms is None:
+            self.taken = logprobs.argmax(dim=-1)
+        else:
+            cumulative = logprobs.double().exp().cumsum(dim=-1)
+            target = torch.tensor(self._uniforms, dtype=torch.float64, device=logprobs.device)[:, None]
+            places = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)[:, 0]
+            self.taken = places.clamp_max(logprobs.shape[-1] - 1)
+        return self.taken
+
+    def noted(self, draws: Sequence[Draws], logprobs: Tensor, closed: int) -> list[Draws]:
+        """The draws with the choices in them."""
+        chances = logprobs.gather(1, self.taken[:, None])[:, 0].tolist()
+        return [
+            replace(mine, choice=choice, choice_logprob=chance, open=choice != closed)
+            for mine, choice, chance in zip(draws, self.taken.tolist(), chances, strict=True)
+        ]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.run import checkpoint, groups
+from cluster.run.asked import asked_by
 from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator
 from cluster.run.folder import RunFolder, RunFolderError
@@ -48,7 +49,9 @@ def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
         paths.ensure(world)
     check_models(config)
     tasks = check_prompts(config, tasks, lambda note: None)
-    return config, folder, tasks, start_inline(config, {name: task.verifier for name, task in tasks.items()})
+    started = start_inline(config, {name: task.verifier for name, task in tasks.items()})
+    started.fleet.asked = asked_by(config, tasks)
+    return config, folder, tasks, started
 
 
 def evaluate_run(run: Path, step: int | None, split: str, prompts: int | None, console: Console) -> None:
@@ -130,7 +133,7 @@ def _replay(
         kept: list[Group] = groups.read(folder.groups, number, stream.prompt)
         encoded = whole([stage.reference for stage in started.fleet.encode([group.prompt for group in kept])])
         denominators = global_denominators(kept, config.algorithm.constant_length)
-        sums = learner.backward(kept, [e.features for e in encoded], denominators)
+        sums = learner.backward(kept, [e.features for e in encoded if e.features], denominators)
         loss, norm = sums.values.get("loss", 0.0), learner.finish_update()
     return loss, norm
 

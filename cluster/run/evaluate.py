@@ -5,17 +5,18 @@ The same workers as in training, an explicit router, outside admission.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cluster.config import RunConfig
+from cluster.run.asked import answer_tokens
 from cluster.run.baselines import KnownBaselines
 from cluster.run.fleet import Fleet, Reference, Stage
 from cluster.run.metrics import attention_metrics
-from cluster.run.routing import RouteClassifier
+from cluster.run.routing import RouteClassifier, vote
 from cluster.run.scoring import WaveReport
 from cluster.watch.results import Result
 from experts.expert import whole
@@ -24,6 +25,7 @@ from rollout.draws import generator
 from rollout.types import Prompt, RewardStatus, Sampling
 
 Evaluation = dict[str, Result]
+Ask = Callable[[Sequence[Prompt]], list[Stage]]
 RIGHT = 0.99  # a verifier that grades in floats may fall short of 1 by rounding
 
 
@@ -53,14 +55,19 @@ class Evaluator:
 
     async def router(self, prompts: Sequence[Prompt], router: Reference) -> tuple[Result, dict[str, float]]:
         """Accuracy with the prefix, and `attention/<task>/<expert>`."""
-        answered = await self._policy(prompts, router, donors=prompts)
+        answered = await self._policy(prompts, router, self.fleet.encode)
         groups = [group for report in answered.reports for group in report.groups]
         return self._result(prompts, answered.outcomes), attention_metrics(groups, self.experts)
 
     async def shuffled(self, prompts: Sequence[Prompt], router: Reference, within_task: bool) -> Result:
         """Every prompt gets the prefix of a donor with another gold answer: what a signature alone would give."""
         donors = donors_of(prompts, within_task, self.config.evaluation.seed)
-        return self._result(prompts, (await self._policy(prompts, router, donors)).outcomes)
+        donor = dict(zip((id(prompt) for prompt in prompts), donors, strict=True))
+
+        def ask(chunk: Sequence[Prompt]) -> list[Stage]:
+            return self.fleet.encode([donor[id(prompt)] for prompt in chunk])
+
+        return self._result(prompts, (await self._policy(prompts, router, ask)).outcomes)
 
     async def baselines(self, prompts: Sequence[Prompt], router: Reference) -> Evaluation:
         """Systems that no training of the router can change: measured once for equal models and prompts."""
@@ -76,32 +83,46 @@ class Evaluator:
     async def _measure_baselines(
         self, prompts: Sequence[Prompt], examples: Sequence[Prompt], router: Reference
     ) -> Evaluation:
-        frozen = await self._policy(prompts, router, donors=None)
+        frozen = await self._policy(prompts, router, alone=True)
         results = {"frozen_policy": self._result(prompts, frozen.outcomes)}
-        await self._prepare(answers=True)
-        own = {name: await self._own_answers(index, prompts) for index, name in enumerate(self.experts)}
+        await self.fleet.prepare(answers=True)
+        own = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
         known = [await self._own_answers(index, examples) for index in range(len(self.experts))]
-        await self._prepare(answers=False)
-        results |= {f"experts/{name}": self._result(prompts, outcomes) for name, outcomes in own.items()}
-        matrix = np.array([own[name] for name in self.experts])
-        classifier = RouteClassifier(await self._features(examples), np.array(known))
+        text = await self._policy(prompts, router, self._texts, alone=True)
+        await self.fleet.prepare(answers=self.fleet.asked.what == "answers")
+        for name, (_, outcomes) in zip(self.experts, own, strict=True):
+            results[f"experts/{name}"] = self._result(prompts, outcomes)
+        right, right_before = (np.array([outcomes for _, outcomes in each]) for each in (own, known))
+        everyone = np.arange(len(prompts))
+        chosen = vote([said for said, _ in own], right_before.mean(axis=1))
+        results["majority"] = self._result(prompts, right[chosen, everyone].tolist())
+        classifier = RouteClassifier(await self._features(examples), right_before)
         chosen = classifier.choose(await self._features(prompts))
-        results["route_and_answer"] = self._result(prompts, matrix[chosen, np.arange(len(prompts))].tolist())
-        results["oracle_route"] = self._result(prompts, matrix.max(axis=0).tolist())
+        results["route_and_answer"] = self._result(prompts, right[chosen, everyone].tolist())
+        results["oracle_route"] = self._result(prompts, right.max(axis=0).tolist())
+        results["text"] = self._result(prompts, text.outcomes)
         return results
 
-    async def _policy(self, prompts: Sequence[Prompt], router: Reference, donors: Sequence[Prompt] | None) -> Answered:
-        """Greedy answers; the prefix of each prompt comes from its donor, or there is none."""
+    def _texts(self, prompts: Sequence[Prompt]) -> list[Stage]:
+        return self.fleet.answers(prompts, answer_tokens(self.config))
+
+    async def _policy(
+        self, prompts: Sequence[Prompt], router: Reference, ask: Ask = lambda prompts: [], alone: bool = False
+    ) -> Answered:
+        """Greedy answers.
+
+        ask: what the experts are asked about some prompts.  alone: without what is trained.
+        """
         sampling = Sampling(temperature=0.0, max_new_tokens=self.config.sampling.max_new_tokens, samples=1)
         references: list[Reference] = []
         stages: list[Stage] = []
         size = self.config.evaluation.batch
         for index, at in enumerate(range(0, len(prompts), size)):
             chunk = list(prompts[at : at + size])
-            asked = self.fleet.encode(donors[at : at + size]) if donors is not None else []
+            asked = ask(chunk)
             features = [stage.reference for stage in asked]
             worker = self.fleet.rollouts[index % len(self.fleet.rollouts)]
-            rollout = worker.call("generate", chunk, sampling, router, *features, training=False)
+            rollout = worker.call("generate", chunk, sampling, router, *features, training=False, alone=alone)
             verifier = self.fleet.rewards[index % len(self.fleet.rewards)]
             references.append(verifier.call("score", rollout, returns=2)[1])
             stages += [*asked, Stage.of(worker, rollout), Stage.of(verifier, references[-1])]
@@ -109,28 +130,23 @@ class Evaluator:
         groups = [group for report in reports for group in report.groups]
         return Answered([self._outcome(group.statuses[0], group.right[0]) for group in groups], reports)
 
-    async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> list[int]:
+    async def _own_answers(self, expert: int, prompts: Sequence[Prompt]) -> tuple[list[str], list[int]]:
+        """An expert's own texts, and 1 where they are right."""
         messages = [prompt.messages for prompt in prompts]
         asked, verifier = self.fleet.copies[expert].handles[0], self.fleet.rewards[0]
         texts = asked.call("answer", messages, self.config.sampling.max_new_tokens)
         scores = verifier.call("score_texts", list(prompts), texts)
         stages = [Stage.of(asked, texts), Stage.of(verifier, scores)]
-        answered = await self.fleet.get(scores, f"the answers of expert {self.experts[expert]}", stages=stages)
-        return [self._outcome(score.status, score.right) for score in answered]
-
-    async def _prepare(self, answers: bool) -> None:
-        """An engine that gives states may have to make room for one that answers, which takes as long as a start."""
-        for expert in [copies.handles[0] for copies in self.fleet.copies]:
-            made = expert.call("prepare", answers)
-            what = f"preparing {expert.name}"
-            await self.fleet.get(made, what, self.fleet.start_deadline_s, stages=[Stage.of(expert, made)])
+        what = f"the answers of expert {self.experts[expert]}"
+        said, answered = await self.fleet.get_all([texts, scores], what, stages=stages)
+        return said, [self._outcome(score.status, score.right) for score in answered]
 
     def _outcome(self, status: RewardStatus, right: float) -> int:
         self._without_verdict += status is not RewardStatus.OK
         return int(status is RewardStatus.OK and right >= RIGHT)
 
     async def _features(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        stages = self.fleet.encode(prompts)
+        stages = self.fleet.states(prompts)
         asked = [stage.reference for stage in stages]
         encoded = whole(await self.fleet.get_all(asked, "encoding for evaluation", stages=stages))
         return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)

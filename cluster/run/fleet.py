@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from cluster.run.asked import Asked
 from cluster.run.replicas import Replicas
 
 Reference = Any
@@ -175,6 +176,7 @@ class Fleet:
     copies: of each expert, its replicas; by default every worker is an expert of its own.
     deadline_s: of every wait; start_deadline_s: of those for workers that load models.
     waits: all that are under way.
+    asked: what the collaborator wants of the experts.
     """
 
     experts: Sequence[Handle]
@@ -186,6 +188,7 @@ class Fleet:
     start_deadline_s: float = 900.0
     waits: set[Wait] = field(default_factory=set)
     copies: Sequence[Replicas] = ()
+    asked: Asked = field(default_factory=Asked)
 
     def __post_init__(self) -> None:
         self.copies = self.copies or [Replicas([expert]) for expert in self.experts]
@@ -196,14 +199,34 @@ class Fleet:
         return [*self.experts, *self.rollouts, *self.rewards, *self.learners]
 
     def encode(self, prompts: Sequence[Any]) -> list[Stage]:
-        """Calls for every expert's features of some prompts; `experts.expert.whole` puts the parts together."""
+        """Calls for what the collaborator wants of every expert; `experts.expert.whole` puts the parts together."""
+        shown = self.asked.donors(prompts)
+        if self.asked.what == "answers":
+            return self.answers(shown, self.asked.answer_tokens)
+        return self.states(shown) if self.asked.what == "states" else []
+
+    def states(self, prompts: Sequence[Any]) -> list[Stage]:
+        """Calls for every expert's features of these very prompts."""
+        return self._ask(prompts, "encode")
+
+    def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[Stage]:
+        """Calls for every expert's own answers to these very prompts."""
+        return self._ask(prompts, "answers", max_new_tokens)
+
+    def _ask(self, prompts: Sequence[Any], method: str, *more: Any) -> list[Stage]:
         stages = []
         for expert in self.copies:
             for handle, rows in expert.split(prompts, self.backend.is_ready):
-                made = handle.call("encode", [prompts[row].messages for row in rows], rows)
+                made = handle.call(method, [prompts[row].messages for row in rows], rows, *more)
                 expert.sent(handle, made, len(rows))
                 stages.append(Stage.of(handle, made))
         return stages
+
+    async def prepare(self, answers: bool) -> None:
+        """An engine that gives states may have to make room for one that answers, which takes as long as a start."""
+        for expert in self.experts:
+            made = expert.call("prepare", answers)
+            await self.get(made, f"preparing {expert.name}", self.start_deadline_s, stages=[Stage.of(expert, made)])
 
     async def get(
         self, reference: Reference, what: str, limit_s: float | None = None, stages: Sequence[Stage] = ()

@@ -73,6 +73,7 @@ def _pack(group: Group) -> dict[str, Any]:
         "sampling": [group.sampling.temperature, group.sampling.max_new_tokens, group.sampling.samples],
         "router": [group.router.version, group.router.incarnation, group.router.checksum],
         "expert_mask": group.draws.expert_mask.tolist(),
+        "choice": [group.draws.choice, group.draws.choice_logprob, group.draws.open],
         "prefix_hash": group.prefix_hash,
         "prefix_sketch": group.prefix_sketch.tolist(),
         "prefix_rms_ratio": group.prefix_rms_ratio,
@@ -86,6 +87,12 @@ def _level(prompt: Prompt) -> int | None:
     """The curriculum's, if it is one: under that key a plug-in may have anything."""
     level = prompt.payload.get("level")
     return level if isinstance(level, int) else None
+
+
+def _draws(packed: dict[str, Any]) -> Draws:
+    choice, logprob, is_open = packed.get("choice", (-1, 0.0, True))
+    mask = np.array(packed["expert_mask"], dtype=bool)
+    return Draws(expert_mask=mask, choice=choice, choice_logprob=logprob, open=is_open)
 
 
 def _unpack(packed: dict[str, Any], prompt: Callable[[int, int | None], Prompt]) -> Group:
@@ -106,7 +113,7 @@ def _unpack(packed: dict[str, Any], prompt: Callable[[int, int | None], Prompt])
         completions=tuple(distinct[place] for place in packed["samples"]),
         sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens, samples=samples),
         router=RouterStamp(version=version, incarnation=incarnation, checksum=checksum),
-        draws=Draws(expert_mask=np.array(packed["expert_mask"], dtype=bool)),
+        draws=_draws(packed),
         prefix_hash=packed["prefix_hash"],
         prefix_sketch=np.array(packed["prefix_sketch"], dtype=np.float32),
         prefix_rms_ratio=packed["prefix_rms_ratio"],

@@ -104,6 +104,9 @@ def step_metrics(
 def learner_metrics(sums: Sums) -> dict[str, float]:
     """Means over what the learner computed; none where it computed nothing, or measured no KL."""
     found = {}
+    if sums.values.get("choices"):
+        found["router/choice_entropy"] = sums.mean("choice_entropy", per="choices")
+        found["router/closed_fraction"] = sums.mean("closed", per="choices")
     if sums.values.get("kl_tokens"):
         found["policy/kl"] = sums.mean("kl", per="kl_tokens")
     if sums.values.get("tokens"):

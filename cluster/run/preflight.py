@@ -15,7 +15,7 @@ from cluster.zoo import paths as zoo
 from experts.config import EngineConfig, ExpertConfig
 from experts.loading import check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
-from experts.router import ROUTERS
+from experts.router import router_class
 from experts.vllm_engine import check_installed, is_for_cpus, supports
 from learner.algorithms import ALGORITHMS
 from rewards.sources import Task, of_length
@@ -37,8 +37,7 @@ def check_names(config: RunConfig) -> None:
     """
     if config.tracking.wandb:
         wandb_run.check()
-    if config.router.kind not in ROUTERS:
-        load_plugin(config.router.kind, "router.kind")
+    router_class(config.router.kind)
     if config.algorithm.kind not in ALGORITHMS:
         load_plugin(config.algorithm.kind, "algorithm.kind")
     if config.router.init and not (Path(config.router.init) / "router.json").is_file():

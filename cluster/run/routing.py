@@ -1,7 +1,9 @@
-"""The route-and-answer baseline: a small classifier sends each prompt to one expert, which answers itself."""
+"""Baselines in which an expert answers itself: sent there by a small classifier, or outvoting the others."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,3 +37,19 @@ class RouteClassifier:
             for model in self._models
         ]
         return np.argmax(chances, axis=0)
+
+
+def vote(answers: Sequence[Sequence[str]], trust: np.ndarray) -> np.ndarray:
+    """(prompts,) index of an expert with the answer that most experts give; of equals, of the most trusted one's.
+
+    Args:
+        answers: of each expert, one a prompt; blanks around them do not count.
+        trust: (experts,) such as the accuracy on training prompts.
+    """
+    order = np.argsort(-trust, kind="stable")
+    chosen = []
+    for said in zip(*answers, strict=True):
+        plain = [text.strip() for text in said]
+        votes = Counter(plain)
+        chosen.append(max(order, key=lambda expert: votes[plain[expert]]))
+    return np.array(chosen, dtype=int)

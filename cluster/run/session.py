@@ -18,6 +18,7 @@ from cluster.config import RunConfig
 from cluster.jobs import placement
 from cluster.run import actors, checkpoint
 from cluster.run.admission import Admission, Limits
+from cluster.run.asked import asked_by
 from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.calls import Sink
 from cluster.run.driver import Driver
@@ -69,8 +70,11 @@ class Session:
         StatusFile(self.folder.path).starting(resumed.step if resumed else 0, self.config.steps)
         with contextlib.ExitStack() as leaving:
             started = await self._start(leaving)
+            started.fleet.asked = asked_by(self.config, self.tasks)
             leaving.callback(started.fleet.close)
             leaving.callback(self.watch.stop)
+            if started.fleet.asked.what == "answers":
+                await started.fleet.prepare(answers=True)
             try:
                 return await self._train(started, resumed, begun, leaving)
             except started.fleet.backend.errors as error:
@@ -164,11 +168,12 @@ class Session:
                 history=records.history(),
             )
         )
-        monitor.phase = "training"
-        with stop_on_signals(driver, self.watch):
-            await driver.run()
+        if self.config.trains:
+            monitor.phase = "training"
+            with stop_on_signals(driver, self.watch):
+                await driver.run()
         self.watch.stop()
-        if driver.step < self.config.steps:
+        if self.config.trains and driver.step < self.config.steps:
             self.console.print(f"stopped at step {driver.step} with a checkpoint; go on with --resume", highlight=False)
             return Outcome(INTERRUPTED, True)
         monitor.phase = "measuring the trained router"
@@ -182,7 +187,7 @@ class Session:
         fleet, router = started.fleet, self.config.router
         if router.init:
             arrays = load_router(Path(router.init), started.shape, router).arrays
-        elif router.calibration.prompts:
+        elif router.calibration.prompts and fleet.asked.what == "states":
             with self.console.status("looking at the experts' states"):
                 prompts = [self.stream.prompt(ordinal) for ordinal in range(router.calibration.prompts)]
                 encoded = [stage.reference for stage in fleet.encode(prompts)]

@@ -77,6 +77,7 @@ def learner_spec(config: RunConfig, shape: RouterShape) -> LearnerSpec:
         max_staleness=config.max_staleness,
         steps=config.steps,
         threads=share_of_cores(config, config.learner.ranks, config.learner.threads),
+        lora=config.policy.lora,
         experts_dtypes=tuple(expert.dtype for expert in config.experts),
     )
 

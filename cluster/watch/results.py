@@ -13,6 +13,7 @@ COMPOSED = "composed"
 ROUTER = "router"
 SHUFFLED_WITHIN_TASK = "shuffled_within_task"
 ORACLE = "oracle_route"
+TEXT = "text"
 EXPERT = "experts/"
 
 LABELS = {
@@ -20,8 +21,10 @@ LABELS = {
     SHUFFLED_WITHIN_TASK: "features shuffled in task",
     "shuffled": "features shuffled",
     "frozen_policy": "frozen policy alone",
+    "majority": "experts' majority",
     "route_and_answer": "route and answer",
     ORACLE: "oracle route, hindsight",
+    TEXT: "experts' answers as text",
 }
 
 
@@ -64,7 +67,8 @@ class Verdict:
     """The router against the best baseline: the headline numbers, and all of it as one line of text.
 
     won: the whole interval lies above zero.
-    hindsight: what choosing the best expert per prompt would reach, if evaluated; no system can do this.
+    hindsight: what choosing the best expert per prompt would reach, which no system can do, and what the experts'
+        answers as text do, if evaluated.
     """
 
     text: str
@@ -86,8 +90,11 @@ def label(system: str) -> str:
 
 
 def is_baseline(system: str) -> bool:
-    """Whether the router has to beat this system.  The oracle knows the answers and does not count."""
-    return system in ("frozen_policy", "route_and_answer") or system.startswith(EXPERT)
+    """Whether the router has to beat this system.
+
+    The oracle knows the answers and does not count; neither does collaboration by text, where experts decode.
+    """
+    return system in ("frozen_policy", "majority", "route_and_answer") or system.startswith(EXPERT)
 
 
 def tasks_of(evaluation: Evaluation) -> list[str]:
@@ -202,7 +209,7 @@ def _clause(result: Comparison) -> str:
 def _winner(baseline: str) -> str:
     if baseline.startswith(EXPERT):
         return "a single expert"
-    return "routing" if baseline == "route_and_answer" else "the policy alone"
+    return {"route_and_answer": "routing", "majority": "the majority"}.get(baseline, "the policy alone")
 
 
 def _points(result: Comparison) -> str:
@@ -221,11 +228,13 @@ def _warning(evaluation: Evaluation, head: Comparison) -> str:
 
 
 def _hindsight(evaluation: Evaluation, column: str) -> str:
-    score = accuracy(evaluation[ORACLE], column) if ORACLE in evaluation else None
-    if score is None:
-        return ""
     where = "on the mean over tasks" if column == MEAN else f"on {column}"
-    return f"With hindsight, the best expert for each prompt would reach {score:.1%} {where}."
+    systems = {
+        ORACLE: "With hindsight, the best expert for each prompt would reach",
+        TEXT: "With the experts' answers decoded into its prompt as text, the policy reaches",
+    }
+    found = [(said, accuracy(evaluation[name], column)) for name, said in systems.items() if name in evaluation]
+    return " ".join(f"{said} {score:.1%} {where}." for said, score in found if score is not None)
 
 
 def _accuracy(result: Result, task: str) -> Accuracy:

@@ -1,0 +1,28 @@
+"""Output-level collaboration: the experts' answers as text in the policy's prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rollout.types import Message
+
+ANSWERS, PROMPT = "answers", "prompt"
+
+
+def with_answers(template: str, messages: Sequence[Message], answers: Mapping[str, str]) -> tuple[Message, ...]:
+    """The messages with the last one's content replaced by the template's.
+
+    answers: by the expert's name.
+    """
+    *before, last = messages
+    known = {ANSWERS: "\n".join(f"{name}: {answer}" for name, answer in answers.items()), **answers}
+    known[PROMPT] = last["content"]
+    pattern = "|".join(re.escape("{" + name + "}") for name in known)
+    content = re.sub(pattern, lambda found: known[found.group()[1:-1]], template)
+    return (*before, Message(role=last["role"], content=content))
+
+
+def unknown_fields(template: str, experts: Sequence[str]) -> list[str]:
+    """Names in braces that are none of the experts, `answers` or `prompt`."""
+    return [name for name in re.findall(r"{([A-Za-z0-9_.-]+)}", template) if name not in {*experts, ANSWERS, PROMPT}]
