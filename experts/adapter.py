@@ -77,8 +77,8 @@ class Adapter:
         self._held: str | None = None
 
     def initial(self) -> dict[str, Tensor]:
-        """Copies of the present values by name."""
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        """Copies of the present values by name; zeros where the model has shapes alone."""
+        return {n: torch.zeros(p.shape) if p.is_meta else p.detach().clone() for n, p in self.parameters.items()}
 
     def put(self, values: Mapping[str, np.ndarray | Tensor]) -> None:
         """Takes these values."""

@@ -199,6 +199,24 @@ class CalibrationConfig(BaseModel):
         return self
 
 
+class WarmStartConfig(BaseModel):
+    """Starts a fresh router from the experts' words, before its first update.
+
+    To the first training prompts the experts decode an answer once, and the router learns, from their states, to make
+    the policy's embeddings of what `router.text.template` has in front of `{prompt}`: a regression without rewards.
+
+    steps: of it; 0 leaves the router as it was made.
+    prompts: how many the experts answer.
+    """
+
+    model_config = FROZEN
+    steps: int = Field(0, ge=0)
+    prompts: int = Field(2048, ge=2)
+    batch: int = Field(128, ge=1)
+    learning_rate: float = Field(1e-3, gt=0.0)
+    weight_decay: float = Field(0.01, ge=0.0)
+
+
 class TextConfig(BaseModel):
     """Output-level collaboration: what the experts answer goes into the policy's prompt as text.
 
@@ -248,6 +266,7 @@ class RouterConfig(BaseModel):
     prefix: PrefixConfig = PrefixConfig()
     gate: bool = False
     null_expert: bool = False
+    warm_start: WarmStartConfig = WarmStartConfig()
     states: Literal["own", "task", "shuffled", "shuffled_within_task"] = "own"
     text: TextConfig = TextConfig()
 
@@ -255,6 +274,14 @@ class RouterConfig(BaseModel):
     def _heads(self) -> RouterConfig:
         if self.width % self.heads:
             raise ValueError(f"router.width {self.width} is not a multiple of router.heads {self.heads}")
+        if self.warm_start.steps:
+            if self.kind in ("none", "text"):
+                raise ValueError(f"router.warm_start is for a router that makes a prefix, not for kind: {self.kind}")
+            if not re.search(r"{[^}]+}", self.text.template.partition("{prompt}")[0]):
+                raise ValueError(
+                    "router.warm_start needs a router.text.template with answers in front of {prompt}: "
+                    f"{self.text.template!r} has none there"
+                )
         for key in ("gate", "null_expert"):
             if getattr(self, key) and self.kind in ("static", "none", "text"):
                 raise ValueError(f"router.{key} is for a router that reads states, not for kind: {self.kind}")

@@ -77,4 +77,4 @@ def choice_loss(
     policy, _ = clipped_surrogate(ratio[:, None], advantages, *eps)
     # An option that is not allowed has probability 0 and adds nothing.
     entropy = -torch.where(options > float("-inf"), options.exp() * options.clamp_min(-1e4), 0.0).sum()
-    return policy.sum() - entropy_bonus * entropy, float(entropy)
+    return policy.sum() - entropy_bonus * entropy, entropy.item()

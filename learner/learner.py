@@ -30,6 +30,7 @@ from experts.state import (
     stack_features,
     take_arrays,
 )
+from experts.warmstart import spoken, warm_start
 from learner.algorithms import build_algorithm
 from learner.batch import global_denominators
 from learner.choices import Choices, choice_loss
@@ -173,6 +174,19 @@ class LearnerRank:
         if calibrate := getattr(router, "calibrate", None):
             calibrate(stack_features([e.features for e in whole(features)]), self.spec.router.calibration.ridge)
         return take_arrays(router)
+
+    def warm_start(self, arrays: Arrays, texts: Sequence[str], *features: Encoded) -> tuple[Arrays, float, float]:
+        """What a router with these weights becomes by `experts.warmstart`, and its error before and after.
+
+        texts: one a prompt of the features, in their order.
+        """
+        router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
+        put_arrays(router, arrays)
+        wanted = spoken(texts, self.policy, self.spec.router.latents)
+        stacked = stack_features([e.features for e in whole(features)])
+        experts, config = len(self.spec.shape.experts), self.spec.router.warm_start
+        before, after = warm_start(router, stacked, experts, wanted, config, self.spec.seed)
+        return take_arrays(router), before, after
 
     def update(self, ordinals: Sequence[int], *parts: Rollout | Encoded) -> UpdateResult:
         """One update on the groups of `ordinals`.

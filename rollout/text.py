@@ -23,6 +23,13 @@ def with_answers(template: str, messages: Sequence[Message], answers: Mapping[st
     return (*before, Message(role=last["role"], content=content))
 
 
+def in_front(template: str, answers: Mapping[str, str]) -> str:
+    """What the template puts in front of the prompt."""
+    front = template.partition("{" + PROMPT + "}")[0]
+    (message,) = with_answers(front, [Message(role="user", content="")], answers)
+    return message["content"]
+
+
 def unknown_fields(template: str, experts: Sequence[str]) -> list[str]:
     """Names in braces that are none of the experts, `answers` or `prompt`."""
     return [name for name in re.findall(r"{([A-Za-z0-9_.-]+)}", template) if name not in {*experts, ANSWERS, PROMPT}]

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -32,12 +31,12 @@ from cluster.run.preflight import model_facts
 from cluster.run.records import Records, baselines_of
 from cluster.run.recovery import Recovery, RunError
 from cluster.run.start import Started, start_inline, start_on_ray
+from cluster.run.starting import start_router
 from cluster.watch.live import Plan, Watch, make_watch
 from cluster.watch.message import JobMessage, own_job
 from cluster.watch.statusfile import STARTING, StatusFile
 from cluster.watch.telemetry import Telemetry
 from cluster.watch.wandb_run import WandbRun
-from experts.state import load_router
 from rewards.sources import Task
 from rewards.stream import PromptStream
 
@@ -121,7 +120,7 @@ class Session:
         # A run that was killed before its first checkpoint starts anew, with what is left in its logs cut away.
         records.cut_back(resumed.step if resumed else 0)
         if resumed is None:
-            await self._start_router(started)
+            await start_router(self.config, started, self.stream, self.console)
         driver = await make_driver(self.config, fleet, self.stream, records, self.watch.note, resumed)
         if resumed is None:
             await driver.save()
@@ -181,20 +180,6 @@ class Session:
         frozen = await again(lambda: self._frozen(started))
         records.finish(driver, frozen, before, after, attention, time.perf_counter() - begun, started, self.console)
         return Outcome(0, False)
-
-    async def _start_router(self, started: Started) -> None:
-        """Where a fresh run's router starts: from a saved one, or from a look at the experts' states."""
-        fleet, router = started.fleet, self.config.router
-        if router.init:
-            arrays = load_router(Path(router.init), started.shape, router).arrays
-        elif router.calibration.prompts and fleet.asked.what == "states":
-            with self.console.status("looking at the experts' states"):
-                prompts = [self.stream.prompt(ordinal) for ordinal in range(router.calibration.prompts)]
-                encoded = [stage.reference for stage in fleet.encode(prompts)]
-                arrays = await fleet.get(fleet.learners[0].call("calibrate", *encoded), "calibrating")
-        else:
-            return
-        await fleet.get_all([rank.call("start_from", arrays) for rank in fleet.learners], "starting the router")
 
     async def _before(self, evaluator: Evaluator, records: Records, prompts: list[Any], router: Any) -> Evaluation:
         """The untrained router and the frozen baselines; a resumed run has them in its log."""

@@ -1,0 +1,67 @@
+"""Where a fresh run's router starts: from a saved one, from a look at the experts' states, from their words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.config import RunConfig
+from cluster.run.asked import answer_tokens
+from cluster.run.start import Started
+from experts.expert import Encoded, whole
+from experts.state import Arrays, load_router
+from rewards.stream import PromptStream
+from rollout.text import in_front
+
+
+async def start_router(config: RunConfig, started: Started, stream: PromptStream, console: Console) -> None:
+    """Gives every rank the weights that training starts from."""
+    fleet, router = started.fleet, config.router
+    if router.init:
+        arrays: Arrays | None = load_router(Path(router.init), started.shape, router).arrays
+    else:
+        arrays = None
+        if router.calibration.prompts and fleet.asked.what == "states":
+            with console.status("looking at the experts' states"):
+                arrays = await _calibrated(config, started, stream)
+        if router.warm_start.steps:
+            with console.status(f"letting the experts answer {router.warm_start.prompts:,} prompts, once"):
+                arrays, before, after = await _warm(config, started, stream, arrays)
+            console.print(
+                f"warm start: the prefix is off the experts' words by {after:.1%} of their size (mean square, held "
+                f"out), {before:.0%} before",
+                highlight=False,
+            )
+    if arrays is not None:
+        await fleet.get_all([rank.call("start_from", arrays) for rank in fleet.learners], "starting the router")
+
+
+async def _calibrated(config: RunConfig, started: Started, stream: PromptStream) -> Arrays:
+    fleet = started.fleet
+    prompts = [stream.prompt(ordinal) for ordinal in range(config.router.calibration.prompts)]
+    encoded = [stage.reference for stage in fleet.encode(prompts)]
+    made: Arrays = await fleet.get(fleet.learners[0].call("calibrate", *encoded), "calibrating")
+    return made
+
+
+async def _warm(
+    config: RunConfig, started: Started, stream: PromptStream, arrays: Arrays | None
+) -> tuple[Arrays, float, float]:
+    fleet, learner = started.fleet, started.fleet.learners[0]
+    prompts = [stream.prompt(ordinal) for ordinal in range(config.router.warm_start.prompts)]
+    await fleet.prepare(answers=True)
+    stages = fleet.answers(prompts, answer_tokens(config))
+    limit = fleet.start_deadline_s
+    asked = [stage.reference for stage in stages]
+    said: list[Encoded] = whole(await fleet.get_all(asked, "the experts' words", limit, stages))
+    await fleet.prepare(answers=False)
+    template = config.router.text.template
+    texts = [in_front(template, {each.expert: each.answers[row] for each in said}) for row in range(len(prompts))]
+    if arrays is None:
+        arrays = (await fleet.get(learner.call("snapshot"), "the router")).arrays
+    encoded = [stage.reference for stage in fleet.encode(prompts)]
+    made: tuple[Arrays, float, float] = await fleet.get(
+        learner.call("warm_start", arrays, texts, *encoded), "the router's warm start", limit
+    )
+    return made
