@@ -67,6 +67,11 @@ def _root(
     pass
 
 
+EvalStep = Annotated[int | None, typer.Option(help="Which checkpoint; the last one by default.")]
+EvalSplit = Annotated[str, typer.Option(help="test or validation.")]
+EvalPrompts = Annotated[int | None, typer.Option(help="Prompts a task; the run's own number by default.", min=1)]
+
+
 @app.command()
 def train(
     config: ConfigPath,
@@ -223,14 +228,25 @@ def _follow(jobs: Jobs, name: str) -> None:
 @app.command(name="eval")
 def evaluate(
     run: RunPath,
-    step: Annotated[int | None, typer.Option(help="Which checkpoint; the last one by default.")] = None,
-    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    prompts: Annotated[int | None, typer.Option(help="Prompts a task; the run's own number by default.", min=1)] = None,
+    step: EvalStep = None,
+    split: EvalSplit = "test",
+    prompts: EvalPrompts = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Sampled answers a prompt, for pass@k; as in training by default.", min=0)
+    ] = None,
 ) -> None:
-    """Measure a run's router and its baselines again, on held-out prompts."""
-    from cluster.run.afterwards import evaluate_run
+    """Measure a run's router and its baselines again, on held-out prompts: greedy, sampled and pass@k."""
+    from cluster.run.afterwards import Asked, evaluate_run
 
-    evaluate_run(run, step, split, prompts, console)
+    evaluate_run(Asked(run, step, split, prompts), samples, console)
+
+
+@app.command()
+def ablate(run: RunPath, step: EvalStep = None, split: EvalSplit = "test", prompts: EvalPrompts = None) -> None:
+    """Measure what a router loses without an expert, with other states of it, or with a prefix that never changes."""
+    from cluster.run.afterwards import Asked, ablate_run
+
+    ablate_run(Asked(run, step, split, prompts), console)
 
 
 @app.command()

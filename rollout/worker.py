@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,19 @@ from rollout.config import PolicyConfig
 from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
 from rollout.engine import PolicyEngine, Request, TransformersEngine
 from rollout.text import with_answers
-from rollout.types import Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
+from rollout.types import Completion, Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
+
+
+class Made(NamedTuple):
+    """What a collaborator makes for some prompts.
+
+    prefix: (prompts, slots, width), or None where there are no slots.  attention: (prompts, latents, experts).
+    draws: with the router's choices, if it takes any.
+    """
+
+    prefix: Tensor | None
+    attention: np.ndarray | None
+    draws: list[Draws]
 
 
 class RolloutWorker:
@@ -104,6 +116,8 @@ class RolloutWorker:
         *encoded: Encoded,
         training: bool = True,
         alone: bool = False,
+        hidden: Sequence[int] = (),
+        prefix: np.ndarray | None = None,
     ) -> Rollout:
         """One group a prompt, all under the snapshot's router.
 
@@ -111,26 +125,61 @@ class RolloutWorker:
             reads in its prompt; none at all where the router asks for nothing.
         training: draws expert dropout; evaluation shows the router every expert.
         alone: the frozen policy without anything that is trained.
+        hidden: experts, by place, that the router is not to see.
+        prefix: (slots, width) for every prompt, in the place of the router's own.
         """
         start = time.perf_counter()
         encoded = tuple(whole(encoded))
         dropout, experts = self.router_config.expert_dropout if training else 0.0, len(self._experts)
         draws = [collaborator_draws(self.seed, p.ordinal, snapshot.version, experts, dropout) for p in prompts]
-        prefix = attention = None
-        if not alone:
-            with self._router_lock:
-                prefix, attention, draws = self._prefix(snapshot, encoded, prompts, draws, training)
+        for mine in draws:
+            mine.expert_mask[list(hidden)] = False
+        made = Made(None, None, draws) if alone else self._made(snapshot, encoded, prompts, draws, training)
+        if prefix is not None:
+            same = torch.from_numpy(prefix).to(self.policy.device).expand(len(prompts), -1, -1)
+            made = made._replace(prefix=same)
         tokens = [np.asarray(self.policy.tokenize(m), dtype=np.int64) for m in self._messages(prompts, encoded)]
         requests = [
             Request(
                 t, self._uniforms(p, snapshot, sampling), request_seed(self.seed, p.ordinal, snapshot.version), d.open
             )
-            for t, p, d in zip(tokens, prompts, draws, strict=True)
+            for t, p, d in zip(tokens, prompts, made.draws, strict=True)
         ]
-        completions = self.engine.generate(requests, prefix, sampling, None if alone else snapshot)
+        completions = self.engine.generate(requests, made.prefix, sampling, None if alone else snapshot)
+        groups = self._groups(prompts, tokens, completions, sampling, snapshot, encoded, made)
+        sampled = sum(len(c.tokens) for group in completions for c in group)
+        return Rollout(
+            groups,
+            sampled,
+            hits=sum(e.hits for e in encoded),
+            misses=sum(e.misses for e in encoded),
+            seconds=time.perf_counter() - start,
+            encode_s=max((e.seconds for e in encoded), default=0.0),
+        )
+
+    @torch.inference_mode()
+    def mean_prefix(self, prompts: Sequence[Prompt], snapshot: RouterSnapshot, *encoded: Encoded) -> np.ndarray:
+        """(slots, width) mean of these prompts' prefixes."""
+        draws = [Draws(expert_mask=np.ones(len(self._experts), dtype=bool)) for _ in prompts]
+        made = self._made(snapshot, tuple(whole(encoded)), prompts, draws, training=False)
+        if made.prefix is None:
+            return np.zeros((0, self.policy.width), np.float32)
+        return made.prefix.float().mean(dim=0).cpu().numpy()
+
+    def _groups(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[np.ndarray],
+        completions: Sequence[Sequence[Completion]],
+        sampling: Sampling,
+        snapshot: RouterSnapshot,
+        encoded: Sequence[Encoded],
+        made: Made,
+    ) -> tuple[Group, ...]:
         stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
-        norms = self._rms_ratios(prefix, draws)
-        groups = tuple(
+        norms = self._rms_ratios(made.prefix, made.draws)
+        prefix, attention, draws = made
+        return tuple(
             Group(
                 prompt=prompt,
                 prompt_tokens=tokens[i],
@@ -146,40 +195,32 @@ class RolloutWorker:
             )
             for i, prompt in enumerate(prompts)
         )
-        sampled = sum(len(c.tokens) for group in completions for c in group)
-        return Rollout(
-            groups,
-            sampled,
-            hits=sum(e.hits for e in encoded),
-            misses=sum(e.misses for e in encoded),
-            seconds=time.perf_counter() - start,
-            encode_s=max((e.seconds for e in encoded), default=0.0),
-        )
 
-    def _prefix(
+    def _made(
         self,
         snapshot: RouterSnapshot,
         encoded: Sequence[Encoded],
         prompts: Sequence[Prompt],
         draws: list[Draws],
         training: bool,
-    ) -> tuple[Tensor | None, np.ndarray, list[Draws]]:
-        """Prefixes, attention, and the draws with the router's choices, if it takes any."""
-        if self._router is None:
-            raise RuntimeError("generate was called before attach: the router's shape is not known")
-        stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
-        if stamp != self._stamp:
-            put_arrays(self._router, snapshot.arrays)
-            self._stamp = stamp
-        features = stack_features([e.features for e in encoded if e.features], self.policy.device)
-        visible = torch.from_numpy(np.stack([d.expert_mask for d in draws])).to(self.policy.device)
-        uniforms = [choice_uniform(self.seed, p.ordinal, snapshot.version) for p in prompts] if training else None
-        choice = Choice(uniforms)
-        out = self._router(features, visible, choice) if chooses(self._router) else self._router(features, visible)
-        if out.options is not None:
-            draws = choice.noted(draws, out.options, closed_choice(self._router, out.options))
+    ) -> Made:
+        with self._router_lock:
+            if self._router is None:
+                raise RuntimeError("generate was called before attach: the router's shape is not known")
+            stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
+            if stamp != self._stamp:
+                put_arrays(self._router, snapshot.arrays)
+                self._stamp = stamp
+            features = stack_features([e.features for e in encoded if e.features], self.policy.device)
+            visible = torch.from_numpy(np.stack([d.expert_mask for d in draws])).to(self.policy.device)
+            uniforms = [choice_uniform(self.seed, p.ordinal, snapshot.version) for p in prompts] if training else None
+            choice = Choice(uniforms)
+            out = self._router(features, visible, choice) if chooses(self._router) else self._router(features, visible)
+            if out.options is not None:
+                draws = choice.noted(draws, out.options, closed_choice(self._router, out.options))
         # "No prefix" means no slots at all.
-        return out.prefix if out.prefix.shape[1] else None, out.attention.mean(dim=1).float().cpu().numpy(), draws
+        prefix = out.prefix if out.prefix.shape[1] else None
+        return Made(prefix, out.attention.mean(dim=1).float().cpu().numpy(), draws)
 
     def _messages(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> list[Sequence[Message]]:
         """What the policy reads."""

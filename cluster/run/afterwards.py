@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.run import checkpoint, groups
+from cluster.run.ablation import Intervention
 from cluster.run.asked import asked_by
 from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator
@@ -18,10 +20,13 @@ from cluster.run.folder import RunFolder, RunFolderError
 from cluster.run.preflight import check_models, check_prompts
 from cluster.run.records import attention_by_task
 from cluster.run.start import Started, start_inline
-from cluster.watch import logs
+from cluster.watch import ablation, logs, passes
+from cluster.watch.ablation import Ablation
+from cluster.watch.ablation_figure import ablation_figure
 from cluster.watch.tables import print_results
 from cluster.zoo import paths
 from experts.expert import whole
+from experts.router import router_class
 from learner.batch import global_denominators
 from rewards.sources import Task, build_tasks
 from rewards.stream import PromptStream
@@ -54,24 +59,78 @@ def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
     return config, folder, tasks, started
 
 
-def evaluate_run(run: Path, step: int | None, split: str, prompts: int | None, console: Console) -> None:
-    """Prints the table of a run's router, controls and baselines; adds a line to its `eval.jsonl`.
+@dataclass(frozen=True)
+class Asked:
+    """What of a run is to be measured: which checkpoint (None: the last), on which prompts of which split."""
+
+    run: Path
+    step: int | None
+    split: str
+    prompts: int | None
+
+    def checkpoint(self) -> checkpoint.Checkpoint:
+        """The checkpoint.
+
+        Raises:
+            ValueError: when there is no such run or checkpoint, or the split is unknown.
+        """
+        if self.split not in ("test", "validation"):
+            raise RunFolderError(f"--split {self.split!r} is neither test nor validation")
+        folder = RunFolder(self.run)
+        folder.saved_config()
+        return checkpoint.read(folder.checkpoints, self.step)
+
+
+def ablate_run(asked: Asked, console: Console) -> None:
+    """Prints what interventions cost a run's router; writes `ablation.json` and `ablation.png` into its folder.
 
     Raises:
-        ValueError: when there is no such run or checkpoint, or the split is unknown.
+        ValueError: as `Asked.checkpoint`, and when the collaborator reads no states.
     """
-    if split not in ("test", "validation"):
-        raise RunFolderError(f"--split {split!r} is neither test nor validation")
-    folder = RunFolder(run)
-    folder.saved_config()
-    saved = checkpoint.read(folder.checkpoints, step)
-    config, folder, tasks, started = _open(run)
+    saved = asked.checkpoint()
+    kind = RunFolder(asked.run).saved_config().router.kind
+    if getattr(router_class(kind), "asks", "states") != "states":
+        raise RunFolderError(f"{asked.run}: a collaborator of kind {kind} reads no states: there is nothing to ablate")
+    config, folder, tasks, started = _open(asked.run)
 
-    async def measure() -> tuple[Any, dict[str, float]]:
+    async def measure() -> Ablation:
+        known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
+        evaluator = Evaluator(config, started.fleet, tasks, known)
+        prompts = evaluator.prompts(asked.split, asked.prompts or config.evaluation.prompts)
+        return await Intervention(evaluator, started.fleet, prompts, saved.learner.snapshot).measured()
+
+    try:
+        with console.status("answering under every intervention"):
+            found = asyncio.run(measure()).as_data()
+    finally:
+        started.fleet.close()
+    found = {"step": saved.step, "split": asked.split, **found}
+    ablation.write(found, folder.path / "ablation.json")
+    ablation_figure(found, folder.path / "ablation.png")
+    console.print(ablation.table(found))
+    for line in ablation.said(found):
+        console.print(line, highlight=False)
+    console.print(f"{folder.path / 'ablation.json'}   {folder.path / 'ablation.png'}", highlight=False, soft_wrap=True)
+
+
+def evaluate_run(asked: Asked, samples: int | None, console: Console) -> None:
+    """Prints the table of a run's router, controls and baselines; adds a line to its `eval.jsonl`.
+
+    Args:
+        samples: answers to every prompt at the run's temperature, for pass@k; None means as many as in training.
+
+    Raises:
+        ValueError: as `Asked.checkpoint`.
+    """
+    saved = asked.checkpoint()
+    config, folder, tasks, started = _open(asked.run)
+    count = config.sampling.samples if samples is None else samples
+
+    async def measure() -> tuple[Any, dict[str, float], dict[str, Any] | None]:
         known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
         evaluator = Evaluator(config, started.fleet, tasks, known)
         router = saved.learner.snapshot
-        chosen = evaluator.prompts(split, prompts or config.evaluation.prompts)
+        chosen = evaluator.prompts(asked.split, asked.prompts or config.evaluation.prompts)
         result, attention = await evaluator.router(chosen, router)
         systems = {
             "router": result,
@@ -79,16 +138,18 @@ def evaluate_run(run: Path, step: int | None, split: str, prompts: int | None, c
             "shuffled": await evaluator.shuffled(chosen, router, within_task=False),
             **await evaluator.baselines(chosen, router),
         }
-        return systems, attention
+        right = await evaluator.sampled(chosen, router, count) if count else None
+        return systems, attention, None if right is None else passes.pass_rates(right, count)
 
     try:
-        systems, attention = asyncio.run(measure())
+        systems, attention, sampled = asyncio.run(measure())
     finally:
         started.fleet.close()
-    logs.JsonLines(folder.eval).append(
-        {"step": saved.step, "kind": f"again-{split}", "systems": systems, "attention": attention}
-    )
+    line = {"step": saved.step, "kind": f"again-{asked.split}", "systems": systems, "attention": attention}
+    logs.JsonLines(folder.eval).append(line | ({"sampled": sampled} if sampled else {}))
     print_results(console, systems, attention=attention_by_task(attention))
+    if sampled:
+        console.print(passes.table(sampled, config.sampling.temperature, count))
 
 
 def replay_step(run: Path, step: int, console: Console) -> bool:

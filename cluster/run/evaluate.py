@@ -31,7 +31,7 @@ RIGHT = 0.99  # a verifier that grades in floats may fall short of 1 by rounding
 
 @dataclass(frozen=True)
 class Answered:
-    """Greedy answers of one system to some prompts: 1 where right, with the attention over experts if any."""
+    """Answers of one system to some prompts: 1 where the first is right, and the reports with all of them."""
 
     outcomes: list[int]
     reports: list[WaveReport]
@@ -55,7 +55,7 @@ class Evaluator:
 
     async def router(self, prompts: Sequence[Prompt], router: Reference) -> tuple[Result, dict[str, float]]:
         """Accuracy with the prefix, and `attention/<task>/<expert>`."""
-        answered = await self._policy(prompts, router, self.fleet.encode)
+        answered = await self.answered(prompts, router, self.fleet.encode)
         groups = [group for report in answered.reports for group in report.groups]
         return self._result(prompts, answered.outcomes), attention_metrics(groups, self.experts)
 
@@ -67,7 +67,17 @@ class Evaluator:
         def ask(chunk: Sequence[Prompt]) -> list[Stage]:
             return self.fleet.encode([donor[id(prompt)] for prompt in chunk])
 
-        return self._result(prompts, (await self._policy(prompts, router, ask)).outcomes)
+        return self._result(prompts, (await self.answered(prompts, router, ask)).outcomes)
+
+    async def sampled(self, prompts: Sequence[Prompt], router: Reference, samples: int) -> dict[str, list[int]]:
+        """Per task, how many of so many sampled answers to each prompt are right."""
+        temperature = self.config.sampling.temperature
+        answered = await self.answered(prompts, router, self.fleet.encode, temperature, samples)
+        found: dict[str, list[int]] = {name: [] for name in self.tasks}
+        for group in (group for report in answered.reports for group in report.groups):
+            right = zip(group.statuses, group.right, strict=True)
+            found[group.task].append(sum(self._outcome(status, value) for status, value in right))
+        return found
 
     async def baselines(self, prompts: Sequence[Prompt], router: Reference) -> Evaluation:
         """Systems that no training of the router can change: measured once for equal models and prompts."""
@@ -83,12 +93,12 @@ class Evaluator:
     async def _measure_baselines(
         self, prompts: Sequence[Prompt], examples: Sequence[Prompt], router: Reference
     ) -> Evaluation:
-        frozen = await self._policy(prompts, router, alone=True)
+        frozen = await self.answered(prompts, router, alone=True)
         results = {"frozen_policy": self._result(prompts, frozen.outcomes)}
         await self.fleet.prepare(answers=True)
         own = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
         known = [await self._own_answers(index, examples) for index in range(len(self.experts))]
-        text = await self._policy(prompts, router, self._texts, alone=True)
+        text = await self.answered(prompts, router, self._texts, alone=True)
         await self.fleet.prepare(answers=self.fleet.asked.what == "answers")
         for name, (_, outcomes) in zip(self.experts, own, strict=True):
             results[f"experts/{name}"] = self._result(prompts, outcomes)
@@ -106,14 +116,21 @@ class Evaluator:
     def _texts(self, prompts: Sequence[Prompt]) -> list[Stage]:
         return self.fleet.answers(prompts, answer_tokens(self.config))
 
-    async def _policy(
-        self, prompts: Sequence[Prompt], router: Reference, ask: Ask = lambda prompts: [], alone: bool = False
+    async def answered(
+        self,
+        prompts: Sequence[Prompt],
+        router: Reference,
+        ask: Ask = lambda prompts: [],
+        temperature: float = 0.0,
+        samples: int = 1,
+        **how: Any,
     ) -> Answered:
-        """Greedy answers.
+        """Answers, greedy unless a temperature is given.
 
-        ask: what the experts are asked about some prompts.  alone: without what is trained.
+        ask: what the experts are asked about some prompts.  how: as `RolloutWorker.generate` takes it, such as alone.
         """
-        sampling = Sampling(temperature=0.0, max_new_tokens=self.config.sampling.max_new_tokens, samples=1)
+        limit = self.config.sampling.max_new_tokens
+        sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples)
         references: list[Reference] = []
         stages: list[Stage] = []
         size = self.config.evaluation.batch
@@ -122,7 +139,7 @@ class Evaluator:
             asked = ask(chunk)
             features = [stage.reference for stage in asked]
             worker = self.fleet.rollouts[index % len(self.fleet.rollouts)]
-            rollout = worker.call("generate", chunk, sampling, router, *features, training=False, alone=alone)
+            rollout = worker.call("generate", chunk, sampling, router, *features, training=False, **how)
             verifier = self.fleet.rewards[index % len(self.fleet.rewards)]
             references.append(verifier.call("score", rollout, returns=2)[1])
             stages += [*asked, Stage.of(worker, rollout), Stage.of(verifier, references[-1])]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _INK, _FAINT, _BAR, _ACCENT = "#1f2933", "#9aa5b1", "#cbd2d9", "#0b84c6"
 _COLOURS = ("#0b84c6", "#e8830c", "#7c5cd6", "#1f9d57", "#d64562", "#b8860b", "#3b6fd1", "#b23bb2")
 _MOST_STRIPS = 5
-_STYLE: Mapping[str, object] = {
+STYLE: Mapping[str, object] = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "text.color": _INK,
@@ -55,7 +55,7 @@ def training_figure(metrics: Sequence[Record], evaluation: Evaluation, path: Pat
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     history = History(metrics)
-    with matplotlib.rc_context(dict(_STYLE)):
+    with matplotlib.rc_context(dict(STYLE)):
         figure = Figure(figsize=(16, 5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white")
         FigureCanvasAgg(figure)
         left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(1, 1, 1.25))[0]
