@@ -33,6 +33,25 @@ def test_a_static_prefix_trains_and_is_compared_with_the_router(runs: Runs) -> N
     assert [arm["seeds"] for arm in arms] == [[0], [0]] and set(arms[1]["difference"]) == {"digits", "mean"}
 
 
+def test_a_run_is_ablated_and_measured_again(runs: Runs) -> None:
+    done = runs.train("steps=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = runs.folder / "runs" / "run"
+    command = [sys.executable, "-m", "cluster.cli"]
+    said = runs.start([*command, "ablate", str(folder)])
+    assert said.returncode == 0, said.stderr
+    found = json.loads((folder / "ablation.json").read_text())
+    after = runs.summary()["eval"]["router"]["tasks"]
+    assert found["accuracy"] == after, "without an intervention it answers as it did"
+    frozen = {(loss["what"], loss["expert"]) for loss in found["losses"]}
+    assert len(frozen) == 3 * 2 + 1 and (folder / "ablation.png").stat().st_size > 10_000
+    again = runs.start([*command, "eval", str(folder), "--samples", "3"])
+    assert again.returncode == 0 and "pass@2" in again.stdout, again.stderr
+    line = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])
+    assert line["kind"] == "again-test" and set(line["sampled"]) == {"1", "2"}
+    assert line["systems"]["router"]["tasks"] == after
+
+
 def test_a_run_that_has_not_finished_is_refused(runs: Runs) -> None:
     said = compare(runs, str(runs.folder / "runs" / "nowhere"))
     assert said.returncode == 2 and "is no run's folder" in " ".join(said.stderr.split())
