@@ -277,32 +277,35 @@ def sweep(
     config: ConfigPath,
     overrides: Overrides = None,
     over: Annotated[list[str] | None, typer.Option("--over", help="key=value,value: a dimension of the grid.")] = None,
+    arms: Annotated[
+        Path | None, typer.Option(help="YAML file of named lists of overrides, instead of a grid.", show_default=False)
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this one of --arms; may be repeated.")] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="key=value,value: every arm takes what does best on validation prompts.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each combination, with seeds 0, 1, ...", min=1)] = 3,
     parallel: Annotated[int, typer.Option(help="Runs at once.", min=1)] = 1,
     address: Address = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the comparison's files.", show_default=False)] = None,
 ) -> None:
     """Train a grid of runs and compare them.  Started again it runs only what is missing."""
+    from cluster.config import ConfigError
     from cluster.run import sweep as sweeping
-    from cluster.run.finished import read
-    from cluster.run.preflight import check_names
-    from cluster.watch import comparison
+    from cluster.run.sweeping import Plan, run
 
-    points = sweeping.grid(config, overrides or [], over or [], seeds)
-    for point in points:
-        check_names(point.config)
+    if arms is not None and over:
+        raise ConfigError("--over and --arms exclude each other: choose one")
+    if arm and arms is None:
+        raise ConfigError("--arm chooses among those of --arms: give that file too")
+    chosen = sweeping.named_arms(arms, arm or []) if arms else sweeping.combinations(over or [])
+    plan = Plan(config, tuple(overrides or ()), chosen, seeds, tune)
     try:
-        failed = sweeping.sweep(config, points, parallel, address, console)
+        succeeded = run(plan, parallel, address, out, console)
     except KeyboardInterrupt:
         console.print("stopped with checkpoints; the same command goes on with what is missing", highlight=False)
         raise typer.Exit(130) from None
-    finished = [read(point.config.folder) for point in points if point.finished]
-    if finished:
-        arms = comparison.compare(finished)
-        console.print(comparison.table(arms))
-        for path in comparison.write(arms, out) if out else []:
-            console.print(path, highlight=False, soft_wrap=True)
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(0 if succeeded else 1)
 
 
 @zoo_app.command("build")

@@ -204,6 +204,7 @@ class WarmStartConfig(BaseModel):
 
     To the first training prompts the experts decode an answer once, and the router learns, from their states, to make
     the policy's embeddings of what `router.text.template` has in front of `{prompt}`: a regression without rewards.
+    A collaborator without a prefix has none.
 
     steps: of it; 0 leaves the router as it was made.
     prompts: how many the experts answer.
@@ -274,14 +275,11 @@ class RouterConfig(BaseModel):
     def _heads(self) -> RouterConfig:
         if self.width % self.heads:
             raise ValueError(f"router.width {self.width} is not a multiple of router.heads {self.heads}")
-        if self.warm_start.steps:
-            if self.kind in ("none", "text"):
-                raise ValueError(f"router.warm_start is for a router that makes a prefix, not for kind: {self.kind}")
-            if not re.search(r"{[^}]+}", self.text.template.partition("{prompt}")[0]):
-                raise ValueError(
-                    "router.warm_start needs a router.text.template with answers in front of {prompt}: "
-                    f"{self.text.template!r} has none there"
-                )
+        if self.warm_start.steps and not re.search(r"{[^}]+}", self.text.template.partition("{prompt}")[0]):
+            raise ValueError(
+                "router.warm_start needs a router.text.template with answers in front of {prompt}: "
+                f"{self.text.template!r} has none there"
+            )
         for key in ("gate", "null_expert"):
             if getattr(self, key) and self.kind in ("static", "none", "text"):
                 raise ValueError(f"router.{key} is for a router that reads states, not for kind: {self.kind}")

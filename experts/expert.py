@@ -28,6 +28,8 @@ class Encoded:
     hits, misses: of the feature cache, for these prompts.
     seconds: time spent encoding.
     answers: the expert's own, instead of features, where these were asked for.
+    operations, cold: floating-point operations of it, and what they would be without a cache (estimated, 2 for every
+        parameter and token).
     """
 
     expert: str
@@ -38,6 +40,8 @@ class Encoded:
     seconds: float
     rows: tuple[int, ...]
     answers: tuple[str, ...] = ()
+    operations: float = 0.0
+    cold: float = 0.0
 
 
 def whole(parts: Sequence[Encoded]) -> list[Encoded]:
@@ -71,6 +75,8 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
         max(part.seconds for part in parts),
         tuple(range(len(rows))),
         tuple(part.answers[index] for part, index in rows) if answered else (),
+        sum(part.operations for part in parts),
+        sum(part.cold for part in parts),
     )
 
 
@@ -89,6 +95,7 @@ class Expert:
         self.cache = FeatureCache(cache)
         self._fingerprint = self._feature_fingerprint()
         self._cache_key = f"{self._fingerprint}|{config.dtype}|{config.engine}"
+        self._read, self._prompts = 0, 0  # tokens and prompts that went through the model to be encoded
 
     def __repr__(self) -> str:
         return f"Expert({self.config.name})"
@@ -135,6 +142,7 @@ class Expert:
                 self.cache.put(keys[index], made)
                 found[keys[index]] = made
         features = tuple(feature for key in keys if (feature := found[key]) is not None)
+        a_token, a_prompt = 2.0 * self.frozen.parameters, self._read / max(self._prompts, 1)
         return Encoded(
             self.config.name,
             keys,
@@ -143,6 +151,8 @@ class Expert:
             self.cache.misses - misses,
             time.perf_counter() - start,
             tuple(range(len(keys)) if rows is None else rows),
+            operations=a_token * a_prompt * len(wanted),
+            cold=a_token * a_prompt * len(keys),
         )
 
     def prepare(self, answers: bool) -> None:
@@ -153,7 +163,11 @@ class Expert:
         """The expert's own greedy answers, in place of features."""
         start = time.perf_counter()
         said = tuple(self.answer(prompts, max_new_tokens))
-        return Encoded(self.config.name, (), (), 0, 0, time.perf_counter() - start, tuple(rows), said)
+        tokens = sum(len(self._tokens(messages)) for messages in prompts)
+        tokens += sum(len(self.frozen.tokenizer(text)["input_ids"]) + 1 for text in said)
+        spent = 2.0 * self.frozen.parameters * tokens
+        seconds = time.perf_counter() - start
+        return Encoded(self.config.name, (), (), 0, 0, seconds, tuple(rows), said, operations=spent, cold=spent)
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
         """The expert's own greedy answers, as texts."""
@@ -169,7 +183,10 @@ class Expert:
 
     def _forward(self, prompts: Sequence[Messages]) -> list[np.ndarray]:
         """(tokens, width) float32 features: the chosen layer's pooled states, normalised without parameters."""
-        states = self.encoder.states([self._tokens(messages) for messages in prompts])
+        rows = [self._tokens(messages) for messages in prompts]
+        self._read += sum(map(len, rows))
+        self._prompts += len(rows)
+        states = self.encoder.states(rows)
         return states if self.config.norm == "none" else [normalised(state) for state in states]
 
     def _feature_fingerprint(self) -> str:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 
@@ -197,6 +197,20 @@ class GroupFacts:
     bytes: int
 
 
+class Operations(NamedTuple):
+    """Floating-point operations, estimated as 2 for every parameter and token that goes through a model.
+
+    experts, cold: of the experts, and what they would be without a cache.  policy: of reading and answering.
+    """
+
+    experts: float
+    cold: float
+    policy: float
+
+
+NO_OPERATIONS = Operations(0.0, 0.0, 0.0)
+
+
 class Rollout:
     """Groups of some prompts, with what it cost to make them.
 
@@ -205,16 +219,25 @@ class Rollout:
 
     tokens: completion tokens sampled.  hits, misses: of the experts' feature caches.
     seconds, encode_s: wall-clock time in the rollout worker, and in the slowest expert.
+    operations: see `Operations`.
     """
 
-    __slots__ = ("_groups", "_wire", "encode_s", "hits", "misses", "seconds", "tokens")
+    __slots__ = ("_groups", "_wire", "encode_s", "hits", "misses", "operations", "seconds", "tokens")
 
     def __init__(
-        self, groups: tuple[Group, ...], tokens: int, hits: int, misses: int, seconds: float, encode_s: float
+        self,
+        groups: tuple[Group, ...],
+        tokens: int,
+        hits: int,
+        misses: int,
+        seconds: float,
+        encode_s: float,
+        operations: Operations = NO_OPERATIONS,
     ) -> None:
         self._groups: tuple[Group, ...] | None = groups
         self._wire: tuple[Any, ...] = ()
         self.tokens, self.hits, self.misses, self.seconds, self.encode_s = tokens, hits, misses, seconds, encode_s
+        self.operations = operations
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_wire, (self._wire or _pack(self.groups), *self._cost())
@@ -267,7 +290,7 @@ class Rollout:
         return found
 
     def _cost(self) -> tuple[Any, ...]:
-        return self.tokens, self.hits, self.misses, self.seconds, self.encode_s
+        return self.tokens, self.hits, self.misses, self.seconds, self.encode_s, self.operations
 
 
 _BYTES_A_TOKEN = 12  # an id and a log-probability

@@ -22,7 +22,7 @@ from rollout.config import PolicyConfig
 from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
 from rollout.engine import PolicyEngine, Request, TransformersEngine
 from rollout.text import with_answers
-from rollout.types import Completion, Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
+from rollout.types import Completion, Draws, Group, Message, Operations, Prompt, Rollout, RouterStamp, Sampling
 
 
 class Made(NamedTuple):
@@ -155,6 +155,11 @@ class RolloutWorker:
             misses=sum(e.misses for e in encoded),
             seconds=time.perf_counter() - start,
             encode_s=max((e.seconds for e in encoded), default=0.0),
+            operations=Operations(
+                sum(e.operations for e in encoded),
+                sum(e.cold for e in encoded),
+                2.0 * self.policy.parameters * (sampled + sum(map(len, tokens)) + _slots(made)),
+            ),
         )
 
     @torch.inference_mode()
@@ -240,6 +245,11 @@ class RolloutWorker:
             return [0.0] * len(draws)
         found = (prefix.float().pow(2).mean(dim=(1, 2)).sqrt() / self._embedding_rms).tolist()
         return [ratio if mine.open else 0.0 for ratio, mine in zip(found, draws, strict=True)]
+
+
+def _slots(made: Made) -> int:
+    """Of all prompts together."""
+    return 0 if made.prefix is None else made.prefix.shape[1] * sum(mine.open for mine in made.draws)
 
 
 class Choice:

@@ -11,30 +11,67 @@ from cluster.config import RESUMABLE, flat, matches
 from cluster.run.folder import RunFolder, RunFolderError
 from cluster.watch import logs
 from cluster.watch.comparison import Run
+from cluster.watch.results import ROUTER, SHUFFLED_WITHIN_TASK, label
 
 # Names and places, and what changes how fast a run is but not what it computes.
 BESIDE_THE_POINT = ("run", "root", "seed", *(key for key in RESUMABLE if key not in ("steps", "evaluation")))
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path, name: str | None = None) -> Run:
     """A run with its last evaluation of held-out test prompts.
+
+    name: of its arm; None lets the settings in which runs differ tell.
 
     Raises:
         RunFolderError: when it is no run, or has not finished.
     """
     run = RunFolder(folder)
     config = run.saved_config()
-    after = [line for line in logs.read(run.eval) if line["kind"] == "after"]
-    if not after or not run.summary.is_file():
-        raise RunFolderError(f"{folder} has not finished: go on with it (--resume), or leave it out")
+    after = _last(run, "after")
     summary = json.loads(run.summary.read_text())
     settings = flat(config.model_dump(mode="json"))
     kept: Mapping[str, Any] = {key: value for key, value in settings.items() if not matches(key, BESIDE_THE_POINT)}
+    spent = [sum(v for k, v in line.items() if k.startswith("operations/")) for line in logs.read(run.metrics)]
+    cached = [line.get("operations/experts_cold", 0.0) for line in logs.read(run.metrics)]
     return Run(
         folder=folder,
         seed=config.seed,
         settings=kept,
-        outcomes=after[-1]["systems"]["router"]["outcomes"],
+        outcomes=after["systems"]["router"]["outcomes"],
         samples=int(summary["samples"]),
         train_s=float(summary["train_wall_s"]),
+        name=name,
+        constant=not config.trains,
+        operations=sum(spent) - sum(cached),
+        operations_cold=sum(spent) - sum(line.get("operations/experts", 0.0) for line in logs.read(run.metrics)),
     )
+
+
+def frozen(folder: Path) -> list[Run]:
+    """The baselines that a run measured, which no training can change, each as an arm of its own."""
+    run = RunFolder(folder)
+    config = run.saved_config()
+    systems = _last(run, "after")["systems"]
+    return [
+        Run(folder, config.seed, {}, result["outcomes"], 0, 0.0, name=label(system), constant=True)
+        for system, result in systems.items()
+        if system not in (ROUTER, SHUFFLED_WITHIN_TASK, "shuffled")
+    ]
+
+
+def validated(folder: Path) -> float:
+    """Mean accuracy over tasks on the validation prompts after the last step at which they were asked.
+
+    Raises:
+        RunFolderError: when the run has not finished, or asked none.
+    """
+    run = RunFolder(folder)
+    run.saved_config()
+    return float(_last(run, "validation")["systems"][ROUTER]["mean"])
+
+
+def _last(run: RunFolder, kind: str) -> dict[str, Any]:
+    lines = [line for line in logs.read(run.eval) if line["kind"] == kind]
+    if not lines or not run.summary.is_file():
+        raise RunFolderError(f"{run.path} has not finished: go on with it (--resume), or leave it out")
+    return dict(lines[-1])

@@ -39,7 +39,7 @@ class PipelineState:
 
 
 # Metrics that depend on the machine, not on the computation: two equal runs may differ in these.
-MACHINE_PREFIXES = ("time/", "idle/", "cache/", "rollout/tokens_per_second", "pipeline/")
+MACHINE_PREFIXES = ("operations/experts", "time/", "idle/", "cache/", "rollout/tokens_per_second", "pipeline/")
 
 
 def step_metrics(
@@ -89,6 +89,10 @@ def step_metrics(
         "pipeline/running": float(pipeline.running),
         "pipeline/waiting": float(pipeline.waiting),
         "pipeline/restarts": float(pipeline.restarts),
+        "operations/experts": sum(r.operations.experts for r in reports),
+        "operations/experts_cold": sum(r.operations.cold for r in reports),
+        "operations/rollout": sum(r.operations.policy for r in reports),
+        "operations/learner": sums.values.get("operations", 0.0),
         "rollout/tokens_per_second": tokens / times.step_s,
         "cache/hit_rate": hits / max(hits + misses, 1),
         "time/step_s": times.step_s,

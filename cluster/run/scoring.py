@@ -12,7 +12,7 @@ import numpy as np
 from rewards.config import RewardsConfig
 from rewards.verify import Verifier
 from rewards.worker import RewardWorker
-from rollout.types import GroupFacts, Prompt, RewardStatus, Rollout, Score
+from rollout.types import NO_OPERATIONS, GroupFacts, Operations, Prompt, RewardStatus, Rollout, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class WaveReport:
     encode_s: float
     rollout_s: float
     reward_s: float
+    operations: Operations = NO_OPERATIONS
 
 
 class ScoringWorker:
@@ -123,6 +124,7 @@ def wave_report(rollout: Rollout, scores: Sequence[Sequence[Score]], reward_s: f
         encode_s=rollout.encode_s,
         rollout_s=rollout.seconds,
         reward_s=reward_s,
+        operations=rollout.operations,
     )
 
 

@@ -25,7 +25,7 @@ async def start_router(config: RunConfig, started: Started, stream: PromptStream
         if router.calibration.prompts and fleet.asked.what == "states":
             with console.status("looking at the experts' states"):
                 arrays = await _calibrated(config, started, stream)
-        if router.warm_start.steps:
+        if router.warm_start.steps and router.kind not in ("none", "text"):
             with console.status(f"letting the experts answer {router.warm_start.prompts:,} prompts, once"):
                 arrays, before, after = await _warm(config, started, stream, arrays)
             console.print(

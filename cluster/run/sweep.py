@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -25,12 +26,25 @@ POLL_S = 1.0
 STOP_S = 900.0  # for a step and its checkpoint
 
 
+TUNING_SEED = 1000  # of the runs that choose a setting, and of no others
+
+
 @dataclass(frozen=True)
+class Arm:
+    """Settings that are compared with others.  name: for people; None where the settings themselves tell."""
+
+    slug: str
+    overrides: tuple[str, ...]
+    name: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Point:
     """One run of the grid.  overrides: of the recipe, the run's name and seed among them."""
 
     config: RunConfig
     overrides: tuple[str, ...]
+    arm: Arm
 
     @property
     def finished(self) -> bool:
@@ -49,24 +63,95 @@ class Point:
             raise ConfigError(f"{folder.path} is another run ({said} differ): give the sweep another run=NAME")
 
 
-def grid(recipe: Path, overrides: Sequence[str], over: Sequence[str], seeds: int) -> list[Point]:
-    """The runs of a sweep, seed by seed, so that an unfinished one has something to compare.
+def combinations(over: Sequence[str]) -> list[Arm]:
+    """Every combination of some values.
 
     Args:
         over: `key=value,value,...`, each a dimension of the grid.
 
     Raises:
-        ConfigError: when a dimension is malformed, or two runs would have one name.
+        ConfigError: when a dimension is malformed.
     """
     dimensions = [_dimension(text) for text in over]
+    found = []
+    for values in itertools.product(*(values for _, values in dimensions)):
+        chosen = tuple(f"{key}={value}" for (key, _), value in zip(dimensions, values, strict=True))
+        found.append(Arm("-".join(_slug(text) for text in chosen), chosen))
+    return found
+
+
+def named_arms(path: Path, chosen: Sequence[str] = ()) -> list[Arm]:
+    """Arms from a YAML file that maps names to lists of overrides.
+
+    chosen: names; none means all.
+
+    Raises:
+        ConfigError: when the file is not of that form, or a name is not in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--arms {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(value, list) and all(isinstance(each, str) for each in value) for value in content.values()
+    ):
+        raise ConfigError(f"--arms {path} must map names to lists of key=value texts")
+    if missing := [name for name in chosen if name not in content]:
+        raise ConfigError(f"--arms {path} has no {missing[0]!r}: it has {', '.join(content)}")
+    return [Arm(_plain(name), tuple(content[name]), str(name)) for name in chosen or content]
+
+
+def grid(recipe: Path, overrides: Sequence[str], arms: Sequence[Arm], seeds: int) -> list[Point]:
+    """The runs of a sweep, seed by seed, so that an unfinished one has something to compare.
+
+    An arm in which nothing trains is the same for every seed, and runs once.
+
+    Raises:
+        ConfigError: when two runs would have one name, or a run of that name is another one.
+    """
+    points = [
+        point
+        for seed in range(seeds)
+        for arm in arms
+        if (point := _point(recipe, overrides, arm, seed, f"s{seed}")).config.trains or seed == 0
+    ]
+    return _checked(points)
+
+
+def tuning(recipe: Path, overrides: Sequence[str], arms: Sequence[Arm], tune: str) -> dict[Arm, list[Point]]:
+    """For every arm that trains, a run with each value of a setting, measured on validation prompts at its end.
+
+    Args:
+        tune: `key=value,value,...`.
+
+    Raises:
+        ConfigError: as `combinations` and `grid`.
+    """
+    found: dict[Arm, list[Point]] = {}
+    for arm in arms:
+        for each in combinations([tune]):
+            both = Arm(f"{arm.slug}-{each.slug}", (*arm.overrides, *each.overrides), arm.name)
+            point = _point(recipe, overrides, both, TUNING_SEED, "tuning")
+            if point.config.trains:
+                every = (*point.overrides, f"evaluation.every={point.config.steps}")
+                found.setdefault(arm, []).append(Point(load(recipe, every), every, both))
+    _checked([point for points in found.values() for point in points])
+    return found
+
+
+def tuned(arms: Sequence[Arm], runs: Mapping[Arm, Sequence[Point]], score: Callable[[Point], float]) -> list[Arm]:
+    """Every arm with the value that did best; equal ones go to the first."""
+    return [replace(arm, overrides=max(runs[arm], key=score).arm.overrides) if arm in runs else arm for arm in arms]
+
+
+def _point(recipe: Path, overrides: Sequence[str], arm: Arm, seed: int, suffix: str) -> Point:
     base = load(recipe, overrides)
-    points = []
-    for seed in range(seeds):
-        for values in itertools.product(*(values for _, values in dimensions)):
-            chosen = [f"{key}={value}" for (key, _), value in zip(dimensions, values, strict=True)]
-            name = "-".join([base.run, *(_slug(text) for text in chosen), f"s{seed}"])
-            every = (*overrides, *chosen, f"seed={seed}", f"run={name}")
-            points.append(Point(load(recipe, every), every))
+    name = "-".join(part for part in (base.run, arm.slug, suffix) if part)
+    every = (*overrides, *arm.overrides, f"seed={seed}", f"run={name}")
+    return Point(load(recipe, every), every, arm)
+
+
+def _checked(points: list[Point]) -> list[Point]:
     names = [point.config.run for point in points]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--over gives two runs the name {min(twice)!r}: values must differ in letters or digits")
@@ -194,4 +279,8 @@ def _dimension(text: str) -> tuple[str, list[str]]:
 
 def _slug(text: str) -> str:
     key, _, value = text.partition("=")
-    return re.sub(r"[^A-Za-z0-9.]+", "_", f"{key.rpartition('.')[2]}_{value}").strip("_")
+    return _plain(f"{key.rpartition('.')[2]}_{value}")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "_", str(text)).strip("_")

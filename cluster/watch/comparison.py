@@ -31,7 +31,14 @@ class ComparisonError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.  settings: its flat configuration; outcomes: of its router, per task, 0 or 1 a prompt."""
+    """A finished run.
+
+    settings: its flat configuration.  outcomes: of its router, per task, 0 or 1 a prompt.
+    name: of its arm; None lets `settings` tell.  constant: nothing in it was trained, so that it is the same for all
+        seeds.
+    operations, operations_cold: floating-point operations of its training, and what they would be without a cache of
+        the experts' features.
+    """
 
     folder: Path
     seed: int
@@ -39,6 +46,10 @@ class Run:
     outcomes: Outcomes
     samples: int
     train_s: float
+    name: str | None = None
+    constant: bool = False
+    operations: float = 0.0
+    operations_cold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,9 @@ class Cell:
 class Arm:
     """Runs that differ in their seed only.
 
-    label: what tells it from the other arms.
-    accuracy: by column.  difference: from the first arm over the seeds that both have; empty for the first.
+    label: what tells it from the other arms.  seeds: none where nothing was trained.
+    accuracy: by column.  by_seed: the same, one value a seed.
+    difference: from the first arm over the seeds that both have; empty for the first.
     """
 
     label: str
@@ -68,8 +80,11 @@ class Arm:
     runs: tuple[str, ...]
     samples: int
     train_s: float
+    operations: float
+    operations_cold: float
     accuracy: Mapping[str, Cell]
     difference: Mapping[str, Cell]
+    by_seed: Mapping[str, tuple[float, ...]]
 
 
 def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
@@ -86,6 +101,10 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
         if run.seed in (mine := arms.setdefault(label, {})):
             raise ComparisonError(f"{run.folder} and {mine[run.seed].folder} are the same arm and seed {run.seed}")
         mine[run.seed] = run
+    seeds = sorted({run.seed for run in runs if not run.constant} or {runs[0].seed})
+    for label, mine in arms.items():
+        if all(run.constant for run in mine.values()):
+            arms[label] = dict.fromkeys(seeds, next(iter(mine.values())))
     (first_label, first), *_ = arms.items()
     columns = _columns(runs[0].outcomes)
     found = []
@@ -95,17 +114,21 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
             raise ComparisonError(
                 f"the arm {label!r} shares no seed with {first_label!r}: differences are paired by seed"
             )
+        trained = tuple(s for s in sorted(mine) if not mine[s].constant)
         alone = [mine[s].outcomes for s in sorted(mine)]
         differences = [_minus(mine[s].outcomes, first[s].outcomes) for s in shared]
         found.append(
             Arm(
                 label=label,
-                seeds=tuple(sorted(mine)),
-                runs=tuple(str(mine[s].folder) for s in sorted(mine)),
+                seeds=trained,
+                runs=tuple(dict.fromkeys(str(mine[s].folder) for s in sorted(mine))),
                 samples=round(np.mean([run.samples for run in mine.values()])),
                 train_s=float(np.mean([run.train_s for run in mine.values()])),
+                operations=float(np.mean([run.operations for run in mine.values()])),
+                operations_cold=float(np.mean([run.operations_cold for run in mine.values()])),
                 accuracy={column: crossed(alone, column, seed) for column in columns},
                 difference={c: crossed(differences, c, seed) for c in columns} if label != first_label else {},
+                by_seed={column: tuple(_mean(mine[s].outcomes, column) for s in trained) for column in columns},
             )
         )
     return found
@@ -131,17 +154,19 @@ def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """For each run, the settings in which it differs from any other, apart from its seed."""
-    keys = sorted({key for run in runs for key in run.settings})
-    differing = [key for key in keys if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
-    return [", ".join(f"{key}={run.settings.get(key)}" for key in differing) or "all the same" for run in runs]
+    """For each run its name, or the settings in which it differs from any other without one, apart from its seed."""
+    nameless = [run for run in runs if run.name is None]
+    keys = sorted({key for run in nameless for key in run.settings})
+    differing = [key for key in keys if len({json.dumps(run.settings.get(key)) for run in nameless}) > 1]
+    told = {id(r): ", ".join(f"{key}={r.settings.get(key)}" for key in differing) or "all the same" for r in nameless}
+    return [run.name if run.name is not None else told[id(run)] for run in runs]
 
 
 def table(arms: Sequence[Arm]) -> Table:
     """For the terminal: accuracies, then differences from the first arm, in points."""
     columns = list(arms[0].accuracy)
     shown = Table("arm", title="accuracy, % [95 % over seeds and prompts]; below it the difference from the first arm")
-    for name in ("seeds", "samples", *columns):
+    for name in ("seeds", "samples", "PFLOP", *columns):
         shown.add_column(name, justify="right", no_wrap=name in columns)
     for arm in arms:
         cells = []
@@ -150,19 +175,25 @@ def table(arms: Sequence[Arm]) -> Table:
             if column in arm.difference:
                 cell.append("\n").append_text(_signed(arm.difference[column]))
             cells.append(cell)
-        shown.add_row(arm.label, str(len(arm.seeds)), f"{arm.samples:,}", *cells)
+        spent = f"{arm.operations / 1e15:.2f}" if arm.operations else "–"
+        shown.add_row(arm.label, str(len(arm.seeds) or "–"), f"{arm.samples:,}", spent, *cells)
     return shown
 
 
 def markdown(arms: Sequence[Arm]) -> str:
     """The same as a Markdown table."""
     columns = list(arms[0].accuracy)
-    lines = [f"| arm | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    head = ("arm", "seeds", "seconds", "PFLOP (uncached)", *columns)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm in arms:
         cells = [
             arm.accuracy[c].text + (f"<br>{_plain(arm.difference[c])}" if c in arm.difference else "") for c in columns
         ]
-        lines.append(f"| {arm.label} | {len(arm.seeds)} | {' | '.join(cells)} |")
+        spent = ("–", "–", "–")
+        if arm.seeds:
+            operations = f"{arm.operations / 1e15:.2f} ({arm.operations_cold / 1e15:.2f})"
+            spent = (str(len(arm.seeds)), f"{arm.train_s:.0f}", operations)
+        lines.append(f"| {' | '.join((arm.label, *spent, *cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -191,6 +222,11 @@ def write(arms: Sequence[Arm], folder: Path) -> list[Path]:
 
 def _columns(outcomes: Outcomes) -> list[str]:
     return [*sorted(outcomes, key=lambda task: (task != COMPOSED, task)), MEAN]
+
+
+def _mean(outcomes: Outcomes, column: str) -> float:
+    tasks = list(outcomes) if column == MEAN else [column]
+    return float(np.mean([np.mean(outcomes[task]) for task in tasks]))
 
 
 def _minus(one: Outcomes, other: Outcomes) -> dict[str, list[float]]:

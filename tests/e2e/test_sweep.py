@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ConfigError
-from cluster.run.sweep import grid
+from cluster.run.sweep import Arm, combinations, grid, named_arms, tuned, tuning
 from tests.e2e.conftest import Runs
 from tests.jobs.nodes import wait_for
 
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_grid_has_every_combination_with_every_seed(runs: Runs) -> None:
-    points = grid(runs.recipe, ["steps=3"], ["router.kind=perceiver,static", "learner.learning_rate=1e-3, 2e-3"], 2)
+    arms = combinations(["router.kind=perceiver,static", "learner.learning_rate=1e-3, 2e-3"])
+    points = grid(runs.recipe, ["steps=3"], arms, 2)
     assert [point.config.run for point in points[:3]] == [
         "run-kind_perceiver-learning_rate_1e_3-s0",
         "run-kind_perceiver-learning_rate_2e_3-s0",
@@ -43,16 +44,70 @@ def test_a_grid_has_every_combination_with_every_seed(runs: Runs) -> None:
 )
 def test_what_is_no_grid_is_refused(runs: Runs, over: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        grid(runs.recipe, [], [over], 1)
+        grid(runs.recipe, [], combinations([over]), 1)
 
 
 def test_a_run_of_that_name_that_computes_something_else_is_refused(runs: Runs) -> None:
-    (point,) = grid(runs.recipe, [], [], 1)
+    (point,) = grid(runs.recipe, [], combinations([]), 1)
     point.config.folder.mkdir(parents=True)
     (point.config.folder / "config.yaml").write_text(point.config.as_yaml())
-    grid(runs.recipe, ["steps=99"], [], 1)
+    grid(runs.recipe, ["steps=99"], combinations([]), 1)
     with pytest.raises(ConfigError, match=r"run-s0 is another run \(learner.learning_rate differ\)"):
-        grid(runs.recipe, ["learner.learning_rate=9e-4"], [], 1)
+        grid(runs.recipe, ["learner.learning_rate=9e-4"], combinations([]), 1)
+
+
+def test_named_arms_come_from_a_file_and_what_trains_nothing_runs_once(runs: Runs) -> None:
+    path = runs.folder / "arms.yaml"
+    path.write_text("full: []\nno prefix: [router.kind=none]\nadapter: ['policy.lora={rank: 2}', steps=4]\n")
+    points = grid(runs.recipe, [], named_arms(path), 2)
+    names = ["run-full-s0", "run-no_prefix-s0", "run-adapter-s0", "run-full-s1", "run-adapter-s1"]
+    assert [p.config.run for p in points] == names
+    assert points[2].config.policy.lora is not None and points[2].config.steps == 4
+    assert [arm.name for arm in named_arms(path, ["adapter"])] == ["adapter"]
+    with pytest.raises(ConfigError, match="has no 'other': it has full, no prefix, adapter"):
+        named_arms(path, ["other"])
+    for wrong in ("- full", "full: router.kind=none", "full: [{a: 1}]"):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="must map names to lists"):
+            named_arms(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        named_arms(runs.folder / "nowhere.yaml")
+
+
+def test_every_arm_that_trains_chooses_its_setting_by_validation(runs: Runs) -> None:
+    arms = [Arm("a", (), "a"), Arm("b", ("router.kind=static",), "b"), Arm("c", ("router.kind=none",), "c")]
+    trials = tuning(runs.recipe, ["steps=7"], arms, "learner.learning_rate=1e-3,2e-3")
+    assert list(trials) == arms[:2] and {p.config.seed for points in trials.values() for p in points} == {1000}
+    assert all(p.config.evaluation.every == 7 for points in trials.values() for p in points)
+    rates = {(1e-3, "perceiver"): 0.2, (2e-3, "perceiver"): 0.4, (1e-3, "static"): 0.3, (2e-3, "static"): 0.3}
+    best = tuned(arms, trials, lambda p: rates[p.config.learner.learning_rate, p.config.router.kind])
+    assert [arm.overrides for arm in best] == [
+        ("learner.learning_rate=2e-3",),
+        ("router.kind=static", "learner.learning_rate=1e-3"),
+        ("router.kind=none",),
+    ]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_named_arms_tunes_compares_and_shows_the_frozen_systems(runs: Runs) -> None:
+    path = runs.folder / "arms.yaml"
+    path.write_text("router: []\nstatic: [router.kind=static]\nno prefix: [router.kind=none]\n")
+    command = [
+        sys.executable, "-m", "cluster.cli", "sweep", str(runs.recipe), "steps=3", "--arms", str(path),
+        "--tune", "learner.learning_rate=1e-3,3e-3", "--seeds", "2", "--out", str(runs.folder / "out"),
+    ]  # fmt: skip
+    done = runs.start(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    arms = {arm["label"]: arm for arm in json.loads((runs.folder / "out" / "results.json").read_text())}
+    assert list(arms)[:3] == ["router", "static", "no prefix"]
+    assert {"frozen policy alone", "experts' majority", "route and answer", "experts' answers as text"} <= arms.keys()
+    assert arms["router"]["seeds"] == [0, 1] and arms["no prefix"]["seeds"] == []
+    assert arms["no prefix"]["accuracy"] == arms["frozen policy alone"]["accuracy"]
+    spent = {name: (arm["operations"], arm["operations_cold"]) for name, arm in arms.items()}
+    assert 0 < spent["router"][0] < spent["router"][1], "the experts' features come from the cache in part"
+    assert spent["static"][0] == spent["static"][1] > 0, "a static prefix asks no expert"
+    chosen = json.loads((runs.folder / "out" / "tuning.json").read_text())
+    assert set(chosen) == {"router", "static"} and all(len(each["validation"]) == 2 for each in chosen.values())
 
 
 @pytest.mark.slow

@@ -69,5 +69,3 @@ def test_a_template_without_answers_in_front_is_refused() -> None:
     values = {"warm_start": {"steps": 1}, "text": {"template": "{prompt} {answers}"}}
     with pytest.raises(ValueError, match=r"with answers in front of \{prompt\}"):
         RouterConfig.model_validate(values)
-    with pytest.raises(ValueError, match="for a router that makes a prefix"):
-        RouterConfig.model_validate({"kind": "text", "warm_start": {"steps": 1}})
