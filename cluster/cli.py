@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -273,6 +274,19 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Of several runs: the page to write.")] = Path("report.html"),
+) -> None:
+    """Write a page that opens from disk: of one run into its folder, or of several beside each other."""
+    from cluster.run.reporting import report_run, report_runs
+
+    command = shlex.join(["musketeers", *sys.argv[1:]])
+    path = report_run(runs[0]) if len(runs) == 1 else report_runs(runs, out, command)
+    console.print(path, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def sweep(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -299,7 +313,8 @@ def sweep(
     if arm and arms is None:
         raise ConfigError("--arm chooses among those of --arms: give that file too")
     chosen = sweeping.named_arms(arms, arm or []) if arms else sweeping.combinations(over or [])
-    plan = Plan(config, tuple(overrides or ()), chosen, seeds, tune)
+    command = shlex.join(["musketeers", *sys.argv[1:]])
+    plan = Plan(config, tuple(overrides or ()), chosen, seeds, tune, command)
     try:
         succeeded = run(plan, parallel, address, out, console)
     except KeyboardInterrupt:

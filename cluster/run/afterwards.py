@@ -18,7 +18,7 @@ from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator
 from cluster.run.folder import RunFolder, RunFolderError
 from cluster.run.preflight import check_models, check_prompts
-from cluster.run.records import attention_by_task
+from cluster.run.reporting import attention_by_task, report_run
 from cluster.run.start import Started, start_inline
 from cluster.watch import ablation, logs, passes
 from cluster.watch.ablation import Ablation
@@ -110,7 +110,8 @@ def ablate_run(asked: Asked, console: Console) -> None:
     console.print(ablation.table(found))
     for line in ablation.said(found):
         console.print(line, highlight=False)
-    console.print(f"{folder.path / 'ablation.json'}   {folder.path / 'ablation.png'}", highlight=False, soft_wrap=True)
+    report = report_run(asked.run) if folder.summary.is_file() else folder.path / "ablation.png"
+    console.print(f"{folder.path / 'ablation.json'}   {report}", highlight=False, soft_wrap=True)
 
 
 def evaluate_run(asked: Asked, samples: int | None, console: Console) -> None:

@@ -15,6 +15,7 @@ from cluster.watch.results import ROUTER, SHUFFLED_WITHIN_TASK, label
 
 # Names and places, and what changes how fast a run is but not what it computes.
 BESIDE_THE_POINT = ("run", "root", "seed", *(key for key in RESUMABLE if key not in ("steps", "evaluation")))
+WHILE_TRAINING = tuple(f"evaluation.{key}" for key in ("every", "validation_prompts", "batch", "cache"))
 
 
 def read(folder: Path, name: str | None = None) -> Run:
@@ -30,7 +31,9 @@ def read(folder: Path, name: str | None = None) -> Run:
     after = _last(run, "after")
     summary = json.loads(run.summary.read_text())
     settings = flat(config.model_dump(mode="json"))
-    kept: Mapping[str, Any] = {key: value for key, value in settings.items() if not matches(key, BESIDE_THE_POINT)}
+    kept: Mapping[str, Any] = {
+        key: value for key, value in settings.items() if not matches(key, (*BESIDE_THE_POINT, *WHILE_TRAINING))
+    }
     spent = [sum(v for k, v in line.items() if k.startswith("operations/")) for line in logs.read(run.metrics)]
     cached = [line.get("operations/experts_cold", 0.0) for line in logs.read(run.metrics)]
     return Run(

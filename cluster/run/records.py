@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,11 +13,10 @@ from cluster.run import checkpoint, groups
 from cluster.run.evaluate import Evaluation, Evaluator, summary_of
 from cluster.run.fleet import Fault, Reference
 from cluster.run.folder import RunFolder, naming
+from cluster.run.reporting import attention_by_task, report_run, versions
 from cluster.watch import logs
 from cluster.watch.board import Board
-from cluster.watch.figure import training_figure
 from cluster.watch.live import Watch
-from cluster.watch.report import write_report
 from cluster.watch.tables import print_results
 from experts.state import RouterShape
 from learner.learner import LearnerState
@@ -27,8 +25,6 @@ from rollout.types import Group
 if TYPE_CHECKING:
     from cluster.run.driver import Driver
     from cluster.run.start import Started
-
-REPORTED = ("n-musketeers", "torch", "transformers", "ray", "deepspeed", "reasoning-gym")
 
 
 class Export(Protocol):
@@ -139,6 +135,7 @@ class Records:
         attention: dict[str, float],
         wall_s: float,
         started: Started,
+        samples: list[dict[str, Any]],
         console: Console,
     ) -> None:
         """Summary, figure, report, and the table people read."""
@@ -166,20 +163,10 @@ class Records:
                 "versions": versions(),
             }
         )
-        figure = self.folder.path / "training.png"
-        training_figure(self.history(), after, figure)
-        write_report(
-            self.folder.path / "report.html",
-            name=self.config.run,
-            evaluation=after,
-            before=before,
-            attention=attention_by_task(attention),
-            figure=figure,
-            configuration=self.config.as_yaml(),
-            versions=versions(),
-            command=f"musketeers train {self.folder.config} run={self.config.run}-again",
-        )
-        console.print(f"run folder: {self.folder.path}   report: {self.folder.path / 'report.html'}", highlight=False)
+        if samples:
+            (self.folder.path / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+        report = report_run(self.folder.path)
+        console.print(f"run folder: {self.folder.path}   report: {report}", highlight=False)
 
 
 def _last_router(folder: RunFolder) -> dict[str, Any]:
@@ -189,23 +176,3 @@ def _last_router(folder: RunFolder) -> dict[str, Any]:
 def baselines_of(evaluation: Evaluation) -> Evaluation:
     """The systems that training cannot change."""
     return {name: result for name, result in evaluation.items() if name != "router"}
-
-
-def attention_by_task(attention: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """`attention/<task>/<expert>` -> task -> expert -> share."""
-    nested: dict[str, dict[str, float]] = {}
-    for key, share in attention.items():
-        _, task, expert = key.split("/")
-        nested.setdefault(task, {})[expert] = share
-    return nested
-
-
-def versions() -> dict[str, str]:
-    """Python's, and those of the packages results depend on."""
-    found = {"python": platform.python_version()}
-    for name in REPORTED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

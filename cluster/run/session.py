@@ -22,6 +22,7 @@ from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.calls import Sink
 from cluster.run.driver import Driver
 from cluster.run.evaluate import Evaluation, Evaluator
+from cluster.run.examples import examples
 from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder
 from cluster.run.learning import Learning
@@ -178,7 +179,9 @@ class Session:
         monitor.phase = "measuring the trained router"
         after, attention = await again(lambda: self._after(evaluator, records, prompts, driver, before))
         frozen = await again(lambda: self._frozen(started))
-        records.finish(driver, frozen, before, after, attention, time.perf_counter() - begun, started, self.console)
+        samples = await again(lambda: examples(self.config, fleet, self.stream, self.folder, driver.step))
+        wall_s = time.perf_counter() - begun
+        records.finish(driver, frozen, before, after, attention, wall_s, started, samples, self.console)
         return Outcome(0, False)
 
     async def _before(self, evaluator: Evaluator, records: Records, prompts: list[Any], router: Any) -> Evaluation:

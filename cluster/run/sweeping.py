@@ -11,19 +11,24 @@ from rich.console import Console
 
 from cluster.run import finished
 from cluster.run.preflight import check_names
+from cluster.run.reporting import report_arms
 from cluster.run.sweep import Arm, Point, grid, sweep, tuned, tuning
 from cluster.watch import comparison
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.  tune: a setting that every arm chooses for itself before, on validation prompts."""
+    """What is compared.
+
+    tune: a setting that every arm chooses for itself before, on validation prompts.  command: that asked for it all.
+    """
 
     recipe: Path
     overrides: tuple[str, ...]
     arms: list[Arm]
     seeds: int
     tune: str | None
+    command: str
 
 
 def run(plan: Plan, parallel: int, address: str | None, out: Path | None, console: Console) -> bool:
@@ -53,8 +58,11 @@ def run(plan: Plan, parallel: int, address: str | None, out: Path | None, consol
         known = {run.name for run in runs}
         found = comparison.compare([*runs, *(run for run in frozen if run.name not in known)])
         console.print(comparison.table(found))
-        for path in comparison.write(found, out) if out else []:
-            console.print(path, highlight=False, soft_wrap=True)
+        if out:
+            config = done[0].config
+            page = report_arms(found, out / "report.html", plan.command, config)
+            for path in [*comparison.write(found, out), page]:
+                console.print(path, highlight=False, soft_wrap=True)
     return succeeded
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.watch.ablation import KNOCKED_OUT, rows_of
-from cluster.watch.figure import STYLE
+from cluster.watch.figure import drawn
 
 
 def ablation_figure(ablation: Mapping[str, Any], path: Path) -> None:
@@ -17,18 +17,11 @@ def ablation_figure(ablation: Mapping[str, Any], path: Path) -> None:
 
     ablation: as of `Ablation.as_data`.
     """
-    # Without pyplot nothing is global.
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks, rows = list(ablation["accuracy"]), rows_of(ablation)
     losses = np.array([[100 * mine[task]["loss"] for task in tasks] for _, _, mine in rows])
     looked = [(expert, mine) for what, expert, mine in rows if what == KNOCKED_OUT]
     attention = np.array([[mine[task]["attention"] for task in tasks] for _, mine in looked])
-    with matplotlib.rc_context(dict(STYLE) | {"axes.grid": False}):
-        figure = Figure(figsize=(13, 1.6 + 0.42 * len(rows)), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
+    with drawn(path, 13, 1.6 + 0.42 * len(rows), **{"axes.grid": False}) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         most = max(5.0, float(np.abs(losses).max()))
         left.imshow(losses, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
@@ -43,4 +36,3 @@ def ablation_figure(ablation: Mapping[str, Any], path: Path) -> None:
             for (row, column), value in np.ndenumerate(values):
                 colour = "white" if abs(value) > limit else "#1f2933"
                 axes.text(column, row, form.format(value), ha="center", va="center", color=colour)
-        figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -134,6 +134,45 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
     return found
 
 
+@dataclass(frozen=True)
+class Primary:
+    """The one comparison that was declared beforehand: the first arm against the best of its rivals.
+
+    difference: of the first arm from that rival, on `column`.
+    """
+
+    column: str
+    first: str
+    rival: str
+    difference: Cell
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        where = "on the mean over tasks" if self.column == MEAN else f"on {self.column}"
+        points = _plain(self.difference)
+        if self.difference.low > 0:
+            return f"{self.first} wins {where}: {points} points over the best rival ({self.rival})."
+        if self.difference.high < 0:
+            return f"{self.rival} wins {where}: {self.first} is {points} points beside it."
+        return f"No difference shown {where}: {self.first} is {points} points beside the best rival ({self.rival})."
+
+
+def primary(arms: Sequence[Arm], beyond: Sequence[str] = ()) -> Primary | None:
+    """None where there is no rival.
+
+    beyond: labels of arms that are no rivals.
+    """
+    first, *others = arms
+    column = COMPOSED if COMPOSED in first.accuracy else MEAN
+    rivals = [arm for arm in others if arm.label not in beyond]
+    if not rivals:
+        return None
+    best = max(rivals, key=lambda arm: arm.accuracy[column].value)
+    there = best.difference[column]
+    return Primary(column, first.label, best.label, Cell(-there.value, -there.high, -there.low))
+
+
 def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0) -> Cell:
     """The mean over seeds and prompts with its interval; `outcomes` has one entry a seed.
 

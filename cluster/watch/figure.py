@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,10 @@ from cluster.watch.series import History, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
 
 _INK, _FAINT, _BAR, _ACCENT = "#1f2933", "#9aa5b1", "#cbd2d9", "#0b84c6"
-_COLOURS = ("#0b84c6", "#e8830c", "#7c5cd6", "#1f9d57", "#d64562", "#b8860b", "#3b6fd1", "#b23bb2")
+COLOURS = ("#0b84c6", "#e8830c", "#7c5cd6", "#1f9d57", "#d64562", "#b8860b", "#3b6fd1", "#b23bb2")
 _MOST_STRIPS = 5
 STYLE: Mapping[str, object] = {
     "font.family": "DejaVu Sans",
@@ -41,6 +42,24 @@ STYLE: Mapping[str, object] = {
 }
 
 
+@contextlib.contextmanager
+def drawn(path: Path, width: float, height: float, dpi: int = 110, **style: object) -> Iterator[Figure]:
+    """A figure of so many inches in the house's style, written as a PNG when the block ends well."""
+    # matplotlib is slow to import and only the end of a run draws.  Without pyplot nothing is global.
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with matplotlib.rc_context(dict(STYLE) | style):
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+        # No software version in the file: the same run gives the same bytes.
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})
+
+
 def training_figure(metrics: Sequence[Record], evaluation: Evaluation, path: Path) -> None:
     """Write the figure as a PNG.
 
@@ -48,22 +67,12 @@ def training_figure(metrics: Sequence[Record], evaluation: Evaluation, path: Pat
     expert, or its entropy where there are too many tasks.  Right: held-out accuracy by system with 95 %
     intervals, on the composed task if there is one, else on the mean over tasks.
     """
-    # matplotlib is slow to import and only the end of a run draws.  Without pyplot nothing is global.
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     history = History(metrics)
-    with matplotlib.rc_context(dict(STYLE)):
-        figure = Figure(figsize=(16, 5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white")
-        FigureCanvasAgg(figure)
+    with drawn(path, 16, 5, dpi=150) as figure:
         left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(1, 1, 1.25))[0]
         _draw_reward(left.subplots(), history, names(metrics, "reward/", exclude=("mean", "std")))
         _draw_attention(middle, history, names(metrics, "attention/"))
         _draw_accuracy(right.subplots(), evaluation)
-        # No software version in the file: the same run gives the same bytes.
-        figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def names(metrics: Sequence[Record], prefix: str, *, exclude: Sequence[str] = ()) -> list[str]:
@@ -74,7 +83,7 @@ def names(metrics: Sequence[Record], prefix: str, *, exclude: Sequence[str] = ()
 
 def _draw_reward(axes: Axes, history: History, tasks: Sequence[str]) -> None:
     for index, task in enumerate(tasks or ["mean"]):
-        series, colour = history.series(f"reward/{task}"), _COLOURS[index % len(_COLOURS)]
+        series, colour = history.series(f"reward/{task}"), COLOURS[index % len(COLOURS)]
         axes.plot(series.steps, series.values, color=colour, alpha=0.18, linewidth=0.8)
         axes.plot(series.steps, series.smoothed, color=colour, linewidth=2.2, label=task)
     axes.set(title="Training reward", xlabel="step", ylim=(0, None))
@@ -91,7 +100,7 @@ def _draw_attention(area: SubFigure, history: History, pairs: Sequence[str]) -> 
         return
     # As in the panel beside it where an expert is named after a task.
     places = [tasks.index(expert) if expert in tasks else len(tasks) + at for at, expert in enumerate(experts)]
-    colours = [_COLOURS[place % len(_COLOURS)] for place in places]
+    colours = [COLOURS[place % len(COLOURS)] for place in places]
     strips = area.subplots(len(tasks), 1, sharex=True, squeeze=False)[:, 0]
     for axes, task in zip(strips, tasks, strict=True):
         curves = [history.series(f"attention/{task}/{expert}") for expert in experts]

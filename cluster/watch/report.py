@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -25,11 +26,19 @@ img { width: 100%; border: 1px solid var(--line); border-radius: 6px; background
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 9rem; }
 tr.router td:first-child { color: var(--accent); font-weight: 600; }
 tr.faint td { color: var(--faint); }
 pre { border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
 """
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.  body: HTML already."""
+
+    title: str
+    body: str
 
 
 def write_report(
@@ -43,43 +52,68 @@ def write_report(
     command: str,
     before: Evaluation | None = None,
     attention: Attention | None = None,
+    more: Sequence[Section] = (),
 ) -> None:
-    """Write the report.
+    """Write a run's report.
 
     figure: the PNG of `training_figure`; it is embedded.
     configuration: the resolved configuration as YAML.
     versions: of Python, of the libraries that matter and of the project.
     command: what to type to get this run again.
+    more: sections before those that say how to repeat it.
 
     Raises:
         ValueError: when the router or every baseline is missing from the evaluation.
         OSError: when the figure cannot be read.
     """
-    picture = base64.b64encode(figure.read_bytes()).decode()
-    parts = [
-        f"<h1>n-Musketeers · {escape(name)}</h1>",
-        _verdict(verdict(evaluation)),
-        f'<img alt="Reward, attention and held-out accuracy" src="data:image/png;base64,{picture}">',
-        "<h2>Held-out accuracy, % <span class=faint>with 95 % intervals</span></h2>",
-        _results(evaluation, before),
-        _attention(attention) if attention else "",
-        f"<h2>Run it again</h2><pre>{escape(command)}</pre>",
-        _versions(versions),
-        f"<h2>Configuration</h2><pre>{escape(configuration)}</pre>",
+    sections = [
+        Section("Held-out accuracy, % with 95 % intervals", _results(evaluation, before)),
+        *([Section("Attention on the experts", _attention(attention))] if attention else []),
+        *more,
+        Section("Run it again", text(command)),
+        Section("Versions", table(("", "version"), [(escape(key), escape(value)) for key, value in versions.items()])),
+        Section("Configuration", text(configuration)),
     ]
+    top = _verdict(verdict(evaluation)) + picture(figure, "Reward, attention and held-out accuracy")
+    write_page(path, name, top, sections)
+
+
+def write_page(path: Path, name: str, top: str, sections: Sequence[Section]) -> None:
+    """Write a page that carries everything it shows.  top: HTML of what comes first."""
+    parts = [f"<h2>{escape(section.title)}</h2>\n{section.body}" for section in sections]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(name)} · n-Musketeers</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body></html>\n"
+        f"<h1>n-Musketeers · {escape(name)}</h1>\n{top}\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     replace_file(path, page.encode())
 
 
+def picture(path: Path, says: str) -> str:
+    """A PNG as part of the page.  says: what it shows, for who does not see it."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(says)}" src="data:image/png;base64,{data}">'
+
+
+def text(content: str) -> str:
+    """Lines as they are."""
+    return f"<pre>{escape(content)}</pre>"
+
+
+def paragraph(content: str, faint: bool = False) -> str:
+    """Running text."""
+    return f"<p{' class=faint' if faint else ''}>{escape(content)}</p>"
+
+
+def lead(content: str) -> str:
+    """The sentence that matters most."""
+    return f"<p class=verdict>{escape(content)}</p>"
+
+
 def _verdict(outcome: Verdict) -> str:
     hindsight = f"<p class=hindsight>{escape(outcome.hindsight)}</p>" if outcome.hindsight else ""
-    return f"<p class=verdict>{escape(outcome.text)}</p>{hindsight}"
+    return lead(outcome.text) + hindsight
 
 
 def _results(evaluation: Evaluation, before: Evaluation | None) -> str:
@@ -98,16 +132,16 @@ def _attention(attention: Attention) -> str:
         ("", (escape(task), *(f"{shares[expert]:.2f}" if expert in shares else "–" for expert in experts)))
         for task, shares in attention.items()
     ]
-    return f"<h2>Attention on the experts</h2>{_table(('', *map(escape, experts)), rows)}"
+    return _table(("", *map(escape, experts)), rows)
 
 
-def _versions(versions: Mapping[str, str]) -> str:
-    rows = [("", (escape(library), escape(version))) for library, version in versions.items()]
-    return f"<h2>Versions</h2>{_table(('', 'version'), rows)}"
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table from cells that are HTML already."""
+    return _table(header, [("", row) for row in rows])
 
 
 def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table from cells that are HTML already; each row comes with its class."""
+    """The same; each row comes with its class."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(
         f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n" for kind, cells in rows

@@ -12,7 +12,12 @@ pytestmark = pytest.mark.e2e
 
 CHOOSER = ["router.kind=top1", "router.gate=true", "policy.lora={rank: 4}", "max_staleness=2", "checkpoint.every=1"]
 TRAINED = {
-    "task_id": ["router.states=task", "router.null_expert=true"],
+    "task_id": [
+        "router.states=task",
+        "router.null_expert=true",
+        "router.warm_start={steps: 5, prompts: 40}",
+        "router.text={template: '{one}{two} {prompt}', max_new_tokens: 2}",
+    ],
     "lora": ["router.kind=none", "policy.lora={rank: 4}"],
     "trained_text": ["router.kind=text", "policy.lora={rank: 4}", "router.text.max_new_tokens=2"],
 }
@@ -43,6 +48,7 @@ def test_it_trains(runs: Runs, name: str) -> None:
     assert all(line["router/grad_norm"] > 0 for line in runs.metrics())
     assert_frozen(runs)
     assert name != "trained_text" or replayed(runs, 2)
+    assert ("warm start: the prefix is off" in done.stdout) == (name == "task_id")
 
 
 def assert_frozen(runs: Runs) -> None:
