@@ -96,8 +96,14 @@ def train(
     settings = load(config, overrides or [])
     check_names(settings)
     if dry_run:
-        build_tasks(settings.data)
+        # Nothing is downloaded for a plan.
+        at_hand = settings.data.at_hand()
+        if at_hand:
+            build_tasks(settings.data.model_copy(update={"tasks": at_hand}))
         _print_plan(settings)
+        for task in settings.data.tasks:
+            if task not in at_hand:
+                console.print(f"not looked at: task {task.name}, which needs the hub", highlight=False)
         return
     from cluster.run.training import started_before
     from cluster.run.training import train as run_training

@@ -192,6 +192,11 @@ class DataConfig(BaseModel):
     test: float = Field(0.15, gt=0.0, lt=0.5)
     tasks: tuple[TaskConfig, ...]
 
+    def at_hand(self) -> tuple[TaskConfig, ...]:
+        """The tasks whose prompts need no download."""
+        away = {task.name for task in self.tasks if task.hub is not None}
+        return tuple(t for t in self.tasks if t.name not in away and not away & set(t.compose or ()))
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         names = [task.name for task in self.tasks]

@@ -43,7 +43,7 @@ def default_of(field: Any) -> str:
 def kind_of(field: Any) -> str:
     """A field's type, short enough for a table."""
     shown = str(field.annotation) if get_args(field.annotation) else field.annotation.__name__
-    short = re.sub(r"\b(?:typing|[a-z_]+\.config|cluster\.config)\.", "", shown)
+    short = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", shown)
     return "`" + short.replace("|", "\\|") + "`"
 
 
