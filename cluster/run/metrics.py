@@ -39,7 +39,15 @@ class PipelineState:
 
 
 # Metrics that depend on the machine, not on the computation: two equal runs may differ in these.
-MACHINE_PREFIXES = ("operations/experts", "time/", "idle/", "cache/", "rollout/tokens_per_second", "pipeline/")
+MACHINE_PREFIXES = (
+    "operations/experts",
+    "operations/rollout",
+    "time/",
+    "idle/",
+    "cache/",
+    "rollout/tokens_per_second",
+    "pipeline/",
+)
 
 
 def step_metrics(

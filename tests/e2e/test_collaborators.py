@@ -23,6 +23,9 @@ TRAINED = {
 }
 
 
+QUICK = "trained_text"  # the others are slow tests: every whole run takes a quarter of a minute
+
+
 def replayed(runs: Runs, step: int) -> bool:
     """Whether a step's gradient comes out again."""
     done = runs.start([*runs.command()[:3], "replay", str(runs.folder / "runs" / "run"), "--step", str(step)])
@@ -41,7 +44,9 @@ def test_a_router_that_chooses_and_an_adapter_train_are_resumed_and_replayed(run
     assert replayed(runs, 5)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+)
 def test_it_trains(runs: Runs, name: str) -> None:
     done = runs.train("steps=2", *TRAINED[name])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,6 +63,7 @@ def assert_frozen(runs: Runs) -> None:
     assert max(line["policy/logprob_mismatch"] for line in runs.metrics()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "text"])
 def test_what_trains_nothing_is_measured(runs: Runs, kind: str) -> None:
     done = runs.train(f"router.kind={kind}", "router.text.template='{one}{two}{prompt}'")

@@ -13,6 +13,7 @@ from cluster.run.sweep import grid, named_arms
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml") if "arms" not in str(path))
+MADE_SLOWLY = ("paper/logic.yaml", "paper/algorithmic.yaml")
 SWEEPS = {
     "arms/composed.yaml": "quickstart.yaml",
     "arms/separable.yaml": "separable.yaml",
@@ -20,7 +21,8 @@ SWEEPS = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# Some data sets of the paper's categories take a second an entry.
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r in MADE_SLOWLY)) for r in RECIPES])
 def test_a_recipe_can_be_planned(
     recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
