@@ -61,8 +61,8 @@ def warm_start(
     held = max(1, int(HELD_OUT * prompts))
     visible = torch.ones(prompts, experts, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for name, p in router.named_parameters() if p.requires_grad and not name.startswith("adapter.")]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    # An adapter of the policy, which has no part in the prefix, gets no gradient and stays as it is.
+    optimizer = torch.optim.AdamW(router.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def error(rows: Tensor) -> Tensor:
         some = [feature[rows] for feature in features]

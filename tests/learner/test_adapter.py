@@ -129,6 +129,22 @@ def learner_state(world: World, state: LearnerState) -> LearnerRank:
     return learner
 
 
+def test_behind_a_closed_gate_the_adapter_learns_without_a_prefix(policies, deepspeed_alone) -> None:
+    config = router_config().model_dump() | {"gate": True}
+    world = World.of(policies["qwen2"], RouterConfig.model_validate(config), lora=LORA)
+    learner = learner_of(world, staleness=1, learner={"groups": 16})
+    learner.restore(at_version_one(learner), 0)
+    groups = world.scored(prompts(16), learner.snapshot()).groups
+    closed = [group for group in groups if not group.draws.open]
+    assert 0 < len(closed) < len(groups)
+    assert backward(learner, groups).mismatch_max < 1e-4
+    learner.finish_update()
+    backward(learner, closed)
+    found = learner.engine.gradients()
+    learner.finish_update()
+    assert any(np.abs(g).max() > 1e-9 for name, g in found.items() if name.startswith("adapter."))
+
+
 def test_an_update_moves_the_adapter_and_no_weight_of_the_policy(adapted: World) -> None:
     learner = learner_of(adapted)
     plain_hash = weights_sha256(load_frozen(str(adapted.policy)).model)

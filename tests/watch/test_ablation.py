@@ -49,6 +49,12 @@ def test_attention_foretells_a_loss_or_does_not() -> None:
     assert foretold([0.5, 0.5, 0.5], [0, 1, 0]).rho is None
 
 
+def test_prompts_that_the_router_got_wrong_say_nothing_of_what_it_needs() -> None:
+    looks = np.array([[0.9], [0.2], [0.1], [1.0]])
+    found = Ablation(("a",), ("x",) * 4, [1, 1, 1, 0], looks, (Ablated(KNOCKED_OUT, "a", [0, 1, 1, 1]),))
+    assert found.over_prompts()["a"].count == 3 and found.over_prompts()["a"].rho == pytest.approx(0.866, abs=1e-3)
+
+
 def test_it_is_shown_as_a_table_and_a_picture(tmp_path: Path) -> None:
     data = made_up().as_data()
     console = Console(width=200, record=True, file=io.StringIO())

@@ -41,6 +41,11 @@ def test_differences_are_paired_by_seed_and_prompt() -> None:
     assert not arms[0].difference
 
 
+def test_every_shared_seed_counts() -> None:
+    runs = [*(run("static", s, 0.5) for s in range(4)), *(run("perceiver", s, 0.5 if s else 0.9) for s in range(4))]
+    assert compare(runs)[1].difference["composed"].value == pytest.approx(0.1, abs=0.03)
+
+
 def test_only_seeds_that_both_arms_have_are_compared() -> None:
     arms = compare([run("static", 0, 0.5), run("static", 1, 0.5), run("perceiver", 1, 0.5), run("perceiver", 2, 0.9)])
     assert arms[1].seeds == (1, 2) and arms[1].difference["composed"].value == 0.0
