@@ -181,6 +181,11 @@ class RunConfig(BaseModel):
                 f"router.text.template: {{{unknown[0]}}} is neither {{prompt}} nor {{answers}} nor one of the experts "
                 f"{', '.join(names)}"
             )
+        if self.algorithm.dynamic_sampling and (self.router.gate or self.router.kind == "top1"):
+            raise ValueError(
+                "algorithm.dynamic_sampling drops the groups that tell a router's choices apart, right or wrong: "
+                "set it to false, or do without router.gate and kind: top1"
+            )
         limit = self.pipeline.open_groups
         if limit is not None and limit < self.learner.groups:
             raise ValueError(

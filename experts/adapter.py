@@ -34,7 +34,7 @@ class LoraConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=512)
     alpha: float | None = Field(None, gt=0.0)
     targets: tuple[str, ...] | None = None
 

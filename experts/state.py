@@ -17,7 +17,7 @@ import xxhash
 from safetensors.numpy import load_file, save
 from torch import nn
 
-from experts.adapter import as_parameters
+from experts.adapter import ADAPTER, as_parameters
 from experts.config import RouterConfig
 from experts.loading import FrozenModel
 from experts.router import router_class
@@ -145,10 +145,28 @@ def load_router(folder: Path, shape: RouterShape, config: RouterConfig) -> Route
             raise RouterError(
                 f"router {folder}: saved with router.{key} {meta['config'][key]}, not {getattr(config, key)}"
             )
+    for key in ("gate", "null_expert"):
+        if meta["config"].get(key, False) != getattr(config, key):
+            raise RouterError(f"router {folder}: saved with router.{key} {not getattr(config, key)}")
     arrays = load_file(folder / "router.safetensors")
     if checksum(arrays) != meta["checksum"]:
         raise RouterError(f"router {folder}: router.safetensors does not match its checksum: copy it again")
     return RouterSnapshot(meta["version"], meta["incarnation"], meta["checksum"], arrays)
+
+
+def fitted(saved: Arrays, fresh: Arrays, where: str) -> Arrays:
+    """A saved router's arrays for a run whose fresh ones are these: an adapter that only one of them has is left out or
+    starts anew.
+
+    Raises:
+        RouterError: naming what has another shape.
+    """
+    for name, array in fresh.items():
+        if name in saved and saved[name].shape != array.shape:
+            raise RouterError(f"router {where}: {name} is {saved[name].shape} there and {array.shape} here")
+        if name not in saved and not name.startswith(ADAPTER):
+            raise RouterError(f"router {where}: it has no {name}")
+    return {name: saved.get(name, array) for name, array in fresh.items()}
 
 
 def _refuse_other_experts(folder: Path, meta: dict[str, Any], shape: RouterShape) -> None:

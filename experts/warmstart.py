@@ -24,6 +24,10 @@ WARMUP_STEPS = 20
 HELD_OUT = 0.1
 
 
+class WarmStartError(ValueError):
+    """A warm start that cannot be."""
+
+
 @dataclass(frozen=True)
 class Spoken:
     """What a prefix is to be like: (prompts, slots, width) embeddings, and which of them there are."""
@@ -55,7 +59,12 @@ def warm_start(
     """Trains the router in place to make these prefixes; slots that a text does not fill are left alone.
 
     Returns the mean squared error on prompts held out of it before and after, relative to the embeddings' size.
+
+    Raises:
+        WarmStartError: when there is nothing to learn.
     """
+    if not wanted.present.any():
+        raise WarmStartError("router.warm_start: the experts' answers and router.text.template give no text to learn")
     prompts = len(wanted.embeddings)
     scale = wanted.embeddings[wanted.present].pow(2).mean()
     held = max(1, int(HELD_OUT * prompts))
@@ -70,7 +79,7 @@ def warm_start(
         pick = [lambda options: torch.arange(len(options)) % options.shape[1]] if chooses(router) else []
         made = router(some, visible[rows], *pick).prefix
         off = (made - wanted.embeddings[rows])[wanted.present[rows]]
-        return off.pow(2).mean() / scale
+        return off.pow(2).sum() / max(off.numel(), 1) / scale
 
     with torch.no_grad():
         before = error(torch.arange(held)).item()

@@ -17,6 +17,8 @@ from torch import Tensor
 from learner.losses import clipped_surrogate
 from rollout.types import Group, RewardStatus
 
+CHOICE_CLIP = (0.2, 0.2)  # of a choice's ratio, down and up; the algorithms' own bounds are for tokens or completions
+
 
 def group_advantages(groups: Sequence[Group]) -> dict[int, float]:
     """By ordinal: a group's mean reward less the mean of the update's other groups of its task.

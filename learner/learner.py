@@ -33,7 +33,7 @@ from experts.state import (
 from experts.warmstart import spoken, warm_start
 from learner.algorithms import build_algorithm
 from learner.batch import global_denominators
-from learner.choices import Choices, choice_loss
+from learner.choices import CHOICE_CLIP, Choices, choice_loss
 from learner.config import AlgorithmConfig, LearnerConfig
 from learner.engine import OptimizerState, Rendezvous, RouterEngine, Untrained, init_ranks, trains
 from learner.gradient import Adapters, PrefixGradient, Sums
@@ -253,9 +253,9 @@ class LearnerRank:
         self, groups: Sequence[Group], options: Tensor, choices: Choices, denominators: Denominators, sums: Sums
     ) -> Tensor:
         """This rank's share of the mean over all groups."""
-        a = self.spec.algorithm
+        bonus = self.spec.algorithm.choice_entropy
         mine = torch.tensor([denominators.group_advantages[g.ordinal] for g in groups], device=options.device)
-        loss, entropy = choice_loss(options, choices, mine, (a.eps_low, a.eps_high), a.choice_entropy)
+        loss, entropy = choice_loss(options, choices, mine, CHOICE_CLIP, bonus)
         closed = float(sum(not group.draws.open for group in groups))
         sums.add(choices=float(len(groups)), choice_entropy=entropy, closed=closed)
         return loss / denominators.groups

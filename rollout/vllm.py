@@ -22,7 +22,7 @@ from rollout.engine import Request, lay_out_requests
 from rollout.sequence import PrefixPosition, with_prefix
 from rollout.types import Completion, FinishReason, Sampling
 
-ADAPTERS_KEPT = 16  # versions on disk: more than any request under way may ask for
+ADAPTERS_KEPT = 64  # versions on disk: more than requests under way may ask for
 
 
 class VllmPolicyEngine:
@@ -43,7 +43,7 @@ class VllmPolicyEngine:
         seed: int = 0,
     ) -> None:
         self.policy, self.position, self.lora = policy, position, config.lora
-        self._adapters = Path(tempfile.mkdtemp(prefix="musketeers-adapters-"))
+        self._adapters = Path(tempfile.mkdtemp(prefix="musketeers-adapters-")) if config.lora else Path()
         self._written: list[Path] = []
         self._writing = threading.Lock()
         rank = config.lora.rank if config.lora else None
@@ -105,7 +105,8 @@ class VllmPolicyEngine:
     def close(self) -> None:
         """Ends the engine's processes."""
         self.engine.close()
-        shutil.rmtree(self._adapters, ignore_errors=True)
+        if self.lora is not None:
+            shutil.rmtree(self._adapters, ignore_errors=True)
 
     def _completions(self, samples: Sequence[Sample]) -> list[Completion]:
         """Equal samples are one object, which saves everybody after this most of the work."""

@@ -126,7 +126,7 @@ class RolloutWorker:
         training: draws expert dropout; evaluation shows the router every expert.
         alone: the frozen policy without anything that is trained.
         hidden: experts, by place, that the router is not to see.
-        prefix: (slots, width) for every prompt, in the place of the router's own.
+        prefix: (slots, width) for every prompt that gets one, in the place of the router's own; no slots, no prefix.
         """
         start = time.perf_counter()
         encoded = tuple(whole(encoded))
@@ -137,7 +137,7 @@ class RolloutWorker:
         made = Made(None, None, draws) if alone else self._made(snapshot, encoded, prompts, draws, training)
         if prefix is not None:
             same = torch.from_numpy(prefix).to(self.policy.device).expand(len(prompts), -1, -1)
-            made = made._replace(prefix=same)
+            made = made._replace(prefix=same if len(prefix) else None)
         tokens = [np.asarray(self.policy.tokenize(m), dtype=np.int64) for m in self._messages(prompts, encoded)]
         requests = [
             Request(
@@ -164,12 +164,13 @@ class RolloutWorker:
 
     @torch.inference_mode()
     def mean_prefix(self, prompts: Sequence[Prompt], snapshot: RouterSnapshot, *encoded: Encoded) -> np.ndarray:
-        """(slots, width) mean of these prompts' prefixes."""
+        """(slots, width) mean of these prompts' prefixes, of those that get one."""
         draws = [Draws(expert_mask=np.ones(len(self._experts), dtype=bool)) for _ in prompts]
         made = self._made(snapshot, tuple(whole(encoded)), prompts, draws, training=False)
-        if made.prefix is None:
+        given = [row for row, mine in enumerate(made.draws) if mine.open]
+        if made.prefix is None or not given:
             return np.zeros((0, self.policy.width), np.float32)
-        return made.prefix.float().mean(dim=0).cpu().numpy()
+        return made.prefix[given].float().mean(dim=0).cpu().numpy()
 
     def _groups(
         self,

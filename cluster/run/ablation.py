@@ -17,6 +17,8 @@ from cluster.watch.ablation import FROZEN, KNOCKED_OUT, MEAN_STATES, SHUFFLED, A
 from experts.expert import Encoded, whole
 from rollout.types import Prompt
 
+NO_SLOTS = np.zeros((0, 1), np.float32)
+
 
 class Intervention:
     """Answers of one router to some prompts under every intervention.
@@ -39,8 +41,8 @@ class Intervention:
         attention = [group.attention for report in full.reports for group in report.groups]
         found = []
         for place, expert in enumerate(experts):
-            # Nothing is left to show where there is one expert only: then the policy answers alone.
-            without: dict[str, Any] = {"hidden": (place,)} if len(experts) > 1 else {"alone": True}
+            # Where there is one expert only, nothing is left to make a prefix from.
+            without: dict[str, Any] = {"hidden": (place,)} if len(experts) > 1 else {"prefix": NO_SLOTS}
             found += [
                 Ablated(KNOCKED_OUT, expert, (await self._answered(self.encoded, **without)).outcomes),
                 Ablated(SHUFFLED, expert, (await self._answered(self._shuffled(place))).outcomes),
@@ -50,7 +52,9 @@ class Intervention:
         tasks = [prompt.task for prompt in self.prompts]
         return Ablation(tuple(experts), tuple(tasks), full.outcomes, np.array(attention), tuple(found))
 
-    async def _answered(self, encoded: Sequence[Encoded], **how: Any) -> Answered:
+    async def _answered(
+        self, encoded: Sequence[Encoded], prompts: Sequence[Prompt] | None = None, **how: Any
+    ) -> Answered:
         def ask(chunk: Sequence[Prompt]) -> list[Stage]:
             rows = [self.places[id(prompt)] for prompt in chunk]
             return [
@@ -58,7 +62,7 @@ class Intervention:
                 for handle, each in zip([copies.handles[0] for copies in self.fleet.copies], encoded, strict=True)
             ]
 
-        return await self.evaluator.answered(self.prompts, self.router, ask, **how)
+        return await self.evaluator.answered(prompts or self.prompts, self.router, ask, **how)
 
     def _shuffled(self, place: int) -> list[Encoded]:
         """One expert's states come from another prompt of the task with another answer."""
@@ -86,8 +90,7 @@ class Intervention:
             encoded = [_rows(each, [self.places[id(prompt)] for prompt in mine]) for each in self.encoded]
             made = self.fleet.rollouts[0].call("mean_prefix", mine, self.router, *encoded)
             prefix = await self.fleet.get(made, "the mean prefix")
-            answered = await self.evaluator.answered(mine, self.router, alone=True, prefix=prefix)
-            outcomes += answered.outcomes
+            outcomes += (await self._answered(self.encoded, mine, prefix=prefix)).outcomes
         return outcomes
 
 

@@ -99,7 +99,7 @@ class Evaluator:
         own = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
         known = [await self._own_answers(index, examples) for index in range(len(self.experts))]
         text = await self.answered(prompts, router, self._texts, alone=True)
-        await self.fleet.prepare(answers=self.fleet.asked.what == "answers")
+        await self.fleet.prepare(answers=False)
         for name, (_, outcomes) in zip(self.experts, own, strict=True):
             results[f"experts/{name}"] = self._result(prompts, outcomes)
         right, right_before = (np.array([outcomes for _, outcomes in each]) for each in (own, known))
@@ -111,6 +111,8 @@ class Evaluator:
         results["route_and_answer"] = self._result(prompts, right[chosen, everyone].tolist())
         results["oracle_route"] = self._result(prompts, right.max(axis=0).tolist())
         results["text"] = self._result(prompts, text.outcomes)
+        if self.fleet.asked.what == "answers":
+            await self.fleet.prepare(answers=True)
         return results
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[Stage]:

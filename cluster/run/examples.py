@@ -51,7 +51,11 @@ async def _words(config: RunConfig, fleet: Fleet, prompts: list[Prompt]) -> list
 def _example(config: RunConfig, group: Group, words: dict[str, str]) -> dict[str, Any]:
     rewards, statuses = _verdicts(group)
     ok = torch.tensor([[status is RewardStatus.OK for status in statuses]])
-    advantages = build_algorithm(config.algorithm).advantages(torch.tensor([rewards]).nan_to_num(), ok)[0].tolist()
+    algorithm = build_algorithm(config.algorithm)
+    # One of the user's own need not have any.
+    advantages: list[float | None] = [None] * len(rewards)
+    if hasattr(algorithm, "advantages"):
+        advantages = algorithm.advantages(torch.tensor([rewards]).nan_to_num(), ok)[0].tolist()
     answers: dict[str, dict[str, Any]] = {}
     for completion, score, advantage in zip(group.completions, group.scores, advantages, strict=True):
         mine = {"text": completion.text, "count": 0, "status": score.status.value, "advantage": advantage}

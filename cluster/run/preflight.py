@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ConfigError, RunConfig
+from cluster.run.asked import answer_tokens
 from cluster.watch import wandb_run
 from cluster.zoo import paths as zoo
 from experts.config import EngineConfig, ExpertConfig
@@ -70,7 +71,7 @@ def check_models(config: RunConfig) -> None:
         if engine.engine == "vllm":
             _check_vllm(key, engine, model)
         if isinstance(engine, ExpertConfig):
-            _check_expert(key, engine, model, config.sampling.max_new_tokens)
+            _check_expert(key, engine, model, config)
     if config.data.max_prompt_tokens is not None:
         _check_policy_length(config, described["policy.model"], "data.max_prompt_tokens", config.data.max_prompt_tokens)
     if config.router.init:
@@ -90,7 +91,7 @@ def _check_quantized(key: str, config: EngineConfig, model: Mapping[str, Any]) -
         raise ConfigError(f"{key}.dtype: {what}, which vLLM does not run in float32: take float16 or bfloat16")
 
 
-def _check_expert(key: str, config: ExpertConfig, model: Mapping[str, Any], new_tokens: int) -> None:
+def _check_expert(key: str, config: ExpertConfig, model: Mapping[str, Any], run: RunConfig) -> None:
     layers = model["layers"]  # and the embeddings before them
     if not -layers - 1 <= config.layer <= layers:
         raise ConfigError(
@@ -99,14 +100,26 @@ def _check_expert(key: str, config: ExpertConfig, model: Mapping[str, Any], new_
         )
     parts = {f"{key}.max_tokens": config.max_tokens}
     if config.engine == "vllm":  # in evaluations it also answers, and vLLM refuses a prompt that leaves no room
-        parts["sampling.max_new_tokens"] = new_tokens
+        named = {
+            "sampling.max_new_tokens": run.sampling.max_new_tokens,
+            "router.text.max_new_tokens": answer_tokens(run),
+        }
+        longest = max(named, key=lambda name: named[name])
+        parts[longest] = named[longest]
     _check_length(key, config, model, parts)
 
 
 def _check_policy_length(config: RunConfig, model: Mapping[str, Any], what: str, prompt_tokens: int) -> None:
+    # In front of a prompt stands the prefix or, where the experts' answers are measured as text, these.
+    slots = {
+        "router.latents": config.router.latents,
+        f"{len(config.experts)} experts' answers (router.text.max_new_tokens each)": len(config.experts)
+        * answer_tokens(config),
+    }
+    widest = max(slots, key=lambda name: slots[name])
     parts = {
         what: prompt_tokens,
-        "router.latents": config.router.latents,
+        widest: slots[widest],
         "sampling.max_new_tokens": config.sampling.max_new_tokens,
     }
     _check_length("policy", config.policy, model, parts)

@@ -163,7 +163,7 @@ class Records:
                 "versions": versions(),
             }
         )
-        if samples:
+        if samples or (self.folder.path / "samples.json").is_file():
             (self.folder.path / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
         report = report_run(self.folder.path)
         console.print(f"run folder: {self.folder.path}   report: {report}", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
+from html import escape
 from importlib import metadata
 from pathlib import Path
 
@@ -79,10 +80,13 @@ def report_arms(arms: Sequence[Arm], out: Path, command: str, config: RunConfig)
     top = lead(said) + paragraph(f"Not among its rivals: {apart}." if apart else "", faint=True)
     top += picture(steps, "Held-out accuracy of every arm, with every seed as a dot")
     columns = list(arms[0].accuracy)
-    rows = [(arm.label, str(len(arm.seeds) or "–"), *(_cell(arm, column) for column in columns)) for arm in arms]
+    head = ("", "seeds", *map(escape, columns))
+    rows = [
+        (escape(arm.label), str(len(arm.seeds) or "–"), *(_cell(arm, column) for column in columns)) for arm in arms
+    ]
     sections = [
         Section("Accuracy against cost", picture(cost, "Accuracy against operations and seconds of training")),
-        Section("All of it, % with 95 % intervals over seeds and prompts", table(("", "seeds", *columns), rows)),
+        Section("All of it, % with 95 % intervals over seeds and prompts", table(head, rows)),
         Section("Make it again", text(command)),
         Section("Versions", table(("", "version"), list(versions().items()))),
         Section("Configuration of the first arm", text(config.as_yaml())),

@@ -10,7 +10,7 @@ from cluster.config import RunConfig
 from cluster.run.asked import answer_tokens
 from cluster.run.start import Started
 from experts.expert import Encoded, whole
-from experts.state import Arrays, load_router
+from experts.state import Arrays, fitted, load_router
 from rewards.stream import PromptStream
 from rollout.text import in_front
 
@@ -19,7 +19,9 @@ async def start_router(config: RunConfig, started: Started, stream: PromptStream
     """Gives every rank the weights that training starts from."""
     fleet, router = started.fleet, config.router
     if router.init:
-        arrays: Arrays | None = load_router(Path(router.init), started.shape, router).arrays
+        saved = load_router(Path(router.init), started.shape, router)
+        fresh = await fleet.get(fleet.learners[0].call("snapshot"), "the router")
+        arrays: Arrays | None = fitted(saved.arrays, fresh.arrays, router.init)
     else:
         arrays = None
         if router.calibration.prompts and fleet.asked.what == "states":

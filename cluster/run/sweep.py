@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import re
 import signal
 import subprocess
@@ -49,7 +50,11 @@ class Point:
     @property
     def finished(self) -> bool:
         """Whether it has been run to its end."""
-        return RunFolder(self.config.folder).summary.is_file()
+        summary = RunFolder(self.config.folder).summary
+        if not summary.is_file():
+            return False
+        # A finished run of fewer steps goes on.
+        return not self.config.trains or json.loads(summary.read_text())["steps"] >= self.config.steps
 
     def check(self) -> None:
         """Refuses a run of this name that computes something else.
@@ -92,8 +97,13 @@ def named_arms(path: Path, chosen: Sequence[str] = ()) -> list[Arm]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--arms {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(value, list) and all(isinstance(each, str) for each in value) for value in content.values()
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(
+            isinstance(name, str) and isinstance(value, list) and all(isinstance(each, str) for each in value)
+            for name, value in content.items()
+        )
     ):
         raise ConfigError(f"--arms {path} must map names to lists of key=value texts")
     if missing := [name for name in chosen if name not in content]:
@@ -154,7 +164,7 @@ def _point(recipe: Path, overrides: Sequence[str], arm: Arm, seed: int, suffix: 
 def _checked(points: list[Point]) -> list[Point]:
     names = [point.config.run for point in points]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"--over gives two runs the name {min(twice)!r}: values must differ in letters or digits")
+        raise ConfigError(f"the sweep gives two runs the name {min(twice)!r}: they must differ in letters or digits")
     for point in points:
         point.check()
     return points
@@ -271,9 +281,9 @@ def _dimension(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
     found = [value.strip() for value in values.split(",") if value.strip()]
     if not equals or not key or not found:
-        raise ConfigError(f"--over {text!r} is not of the form key=value,value")
+        raise ConfigError(f"{text!r} is not of the form key=value,value")
     if key in ("run", "root", "seed"):
-        raise ConfigError(f"--over {key}: the sweep gives its runs names and seeds itself")
+        raise ConfigError(f"{key}: the sweep gives its runs names and seeds itself")
     return key, found
 
 

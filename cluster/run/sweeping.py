@@ -51,7 +51,7 @@ def run(plan: Plan, parallel: int, address: str | None, out: Path | None, consol
         _tell(trials, scores, arms, out, console)
     points = grid(plan.recipe, plan.overrides, arms, plan.seeds)
     succeeded = _all_run(plan, points, parallel, address, console)
-    done = [point for point in points if point.finished]
+    done = comparable([point for point in points if point.finished], arms, console)
     if done:
         runs = [finished.read(point.config.folder, point.arm.name) for point in done]
         frozen = finished.frozen(done[0].config.folder) if any(arm.name for arm in arms) else []
@@ -64,6 +64,22 @@ def run(plan: Plan, parallel: int, address: str | None, out: Path | None, consol
             for path in [*comparison.write(found, out), page]:
                 console.print(path, highlight=False, soft_wrap=True)
     return succeeded
+
+
+def comparable(done: Sequence[Point], arms: Sequence[Arm], console: Console) -> list[Point]:
+    """Finished runs arm by arm, the yardstick's first; what cannot be measured by it is left out, with a word."""
+    by_arm = {arm: [point for point in done if point.arm == arm] for arm in arms}
+    yardstick = {point.config.seed for point in by_arm[arms[0]]}
+    if not yardstick:
+        console.print("the first arm, by which the others are measured, has no finished run: nothing is compared")
+        return []
+    kept: list[Point] = []
+    for arm, mine in by_arm.items():
+        if all(point.config.trains and point.config.seed not in yardstick for point in mine):
+            console.print(f"{arm.name or arm.slug or 'the recipe'} has no seed in common with the first arm: left out")
+            continue
+        kept += mine
+    return kept
 
 
 def _all_run(plan: Plan, points: Sequence[Point], parallel: int, address: str | None, console: Console) -> bool:

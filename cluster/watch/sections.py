@@ -57,7 +57,8 @@ def _ablation(folder: Path) -> Section:
         for what, expert, mine in ablation.rows_of(found)
     ]
     said = "".join(paragraph(f"{line[:1].upper()}{line[1:]}.") for line in ablation.said(found))
-    title = "What the router needs: accuracy lost by intervention, points with 95 % intervals"
+    where = f"step {found['step']}, {found['split']} prompts" if "step" in found else ""
+    title = f"What the router needs: accuracy lost by intervention, points with 95 % intervals {where}".strip()
     return Section(title, shown + table(("", *map(escape, tasks)), rows) + said)
 
 
@@ -83,7 +84,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
             escape(repr(answer["text"])),
             str(answer["count"]),
             f"{answer['reward']:.2f}" if answer["status"] == "ok" else escape(answer["status"]),
-            f"{answer['advantage']:+.2f}" if answer["status"] == "ok" else "–",
+            f"{answer['advantage']:+.2f}" if answer["status"] == "ok" and answer["advantage"] is not None else "–",
         )
         for answer in sample["answers"][:SHOWN]
     ]

@@ -23,9 +23,6 @@ TRAINED = {
 }
 
 
-QUICK = "trained_text"  # the others are slow tests: every whole run takes a quarter of a minute
-
-
 def replayed(runs: Runs, step: int) -> bool:
     """Whether a step's gradient comes out again."""
     done = runs.start([*runs.command()[:3], "replay", str(runs.folder / "runs" / "run"), "--step", str(step)])
@@ -44,9 +41,8 @@ def test_a_router_that_chooses_and_an_adapter_train_are_resumed_and_replayed(run
     assert replayed(runs, 5)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
 def test_it_trains(runs: Runs, name: str) -> None:
     done = runs.train("steps=2", *TRAINED[name])
     assert done.returncode == 0, done.stdout + done.stderr

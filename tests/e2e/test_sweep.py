@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cluster.config import ConfigError
 from cluster.run.sweep import Arm, combinations, grid, named_arms, tuned, tuning
+from cluster.run.sweeping import comparable
 from tests.e2e.conftest import Runs
 from tests.jobs.nodes import wait_for
 
@@ -86,6 +89,21 @@ def test_every_arm_that_trains_chooses_its_setting_by_validation(runs: Runs) -> 
         ("router.kind=static", "learner.learning_rate=1e-3"),
         ("router.kind=none",),
     ]
+
+
+def test_without_its_yardstick_nothing_is_compared_and_what_shares_no_seed_is_left_out(runs: Runs) -> None:
+    arms = [Arm("a", (), "a"), Arm("b", ("router.kind=static",), "b"), Arm("c", ("router.kind=none",), "c")]
+    points = grid(runs.recipe, [], arms, 2)
+    console = Console(file=io.StringIO(), width=200)
+
+    def kept(*names: str) -> list[str]:
+        done = [p for p in points if p.config.run in [f"run-{name}" for name in names]]
+        return [p.config.run.removeprefix("run-") for p in comparable(done, arms, console)]
+
+    assert kept("b-s0", "c-s0") == []
+    assert kept("a-s1", "b-s0", "c-s0") == ["a-s1", "c-s0"]
+    assert kept("b-s0", "a-s0", "b-s1") == ["a-s0", "b-s0", "b-s1"]
+    assert "nothing is compared" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

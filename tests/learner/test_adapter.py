@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from experts.adapter import AdapterError, LoraConfig, adapter_arrays, write_adapter
 from experts.config import RouterConfig
 from experts.loading import load_frozen, weights_sha256
-from experts.state import Arrays, RouterSnapshot
+from experts.state import Arrays, RouterError, RouterSnapshot, fitted
 from learner.batch import global_denominators
 from learner.engine import OptimizerState
 from learner.learner import LearnerRank, LearnerState
@@ -164,15 +165,19 @@ def test_the_untrained_adapter_changes_nothing_and_alone_means_without_one(adapt
     learner = learner_of(adapted)
     some = prompts(5)
 
-    def said(snapshot: RouterSnapshot, **how: bool) -> torch.Tensor:
+    def said(snapshot: RouterSnapshot, **how: Any) -> torch.Tensor:
         groups = adapted.worker.generate(some, sampling, snapshot, *encode(some), **how).groups
         return torch.from_numpy(np.concatenate([g.completions[0].logprobs for g in groups]))
 
     first = learner.snapshot()
     other = RouterSnapshot.of(moved(first.arrays, 0.1), 1, 0)
     alone = said(first, alone=True)
+    no_slots = np.zeros((0, 1), np.float32)
     if adapted.router.kind == "none":
         assert torch.equal(said(first), alone)
+        assert torch.equal(said(other, prefix=no_slots), said(other)), "without a prefix it keeps its adapter"
+    else:
+        assert torch.equal(said(first, prefix=no_slots), alone)
     changed = said(other)
     assert changed.shape != alone.shape or (changed - alone).abs().max() > 1e-3
     assert torch.equal(said(other, alone=True), alone)
@@ -195,6 +200,20 @@ def test_the_file_is_what_peft_reads(adapted: World, tmp_path: Path) -> None:
         torch.testing.assert_close(theirs(tokens).logits, mine, rtol=1e-5, atol=1e-5)
         with adapter.off():
             assert (learner.policy.model(tokens).logits - mine).abs().max() > 1e-3
+
+
+def test_a_saved_router_fits_with_and_without_its_adapter(adapted: World) -> None:
+    with_adapter = learner_of(adapted).snapshot().arrays
+    plain_arrays = {name: a for name, a in with_adapter.items() if not name.startswith("adapter.")}
+    saved = moved(with_adapter, 0.1)
+    assert fitted(saved, plain_arrays, "x").keys() == plain_arrays.keys()
+    back = fitted({n: saved[n] for n in plain_arrays}, with_adapter, "x")
+    assert all(np.array_equal(back[n], (saved if n in plain_arrays else with_adapter)[n]) for n in with_adapter)
+    name = next(iter(with_adapter))
+    with pytest.raises(RouterError, match=r"there and .* here"):
+        fitted({**saved, name: np.zeros((1, 2, 3), np.float32)}, with_adapter, "x")
+    with pytest.raises(RouterError, match="it has no b"):
+        fitted({}, {"b": np.zeros(1, np.float32)}, "x")
 
 
 def test_unknown_targets_are_refused(policies) -> None:

@@ -115,22 +115,26 @@ def test_a_model_that_just_can_is_not(models: Path, expert: dict[str, Any]) -> N
 def test_a_policy_without_room_for_its_answers_is_refused(
     models: Path, policy: dict[str, Any], limit: int, whose: str
 ) -> None:
-    """Of the limit, 8 latents and 10 new tokens are not the prompt's."""
-    preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 18}))
+    """Of the limit, 8 latents and 10 new tokens are not the prompt's; or, in their place, the experts' words."""
+    short = {"router": {"text": {"max_new_tokens": 4}}}
+    preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 18}, **short))
     sum_of = rf"data.max_prompt_tokens {limit - 17} \+ router.latents 8 \+ sampling.max_new_tokens 10"
     with pytest.raises(ConfigError, match=f"{sum_of} is more than .*{whose}.*, {limit}: .* cut short"):
-        preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 17}))
+        preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 17}, **short))
+    with pytest.raises(ConfigError, match=rf"{limit - 18} \+ 1 experts' answers .* 10 \+ sampling"):
+        preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 18}))
 
 
 def test_without_a_limit_the_longest_prompt_must_leave_room(models: Path) -> None:
+    short = {"router": {"text": {"max_new_tokens": 4}}}
     made = config(models, {}, VLLM)
     tasks = build_tasks(made.data)
     tokenizer = load_tokenizer(str(models / "good"))
     longest = max(len(tokenize(tokenizer, prompt.messages)) for prompt in tasks["digits"].train)
-    enough = config(models, {}, VLLM | {"max_model_tokens": longest + 18})
+    enough = config(models, {}, VLLM | {"max_model_tokens": longest + 18}, **short)
     assert preflight.check_prompts(enough, tasks, print) == tasks
     with pytest.raises(ConfigError, match=rf"the longest prompt .*data.max_prompt_tokens\) {longest} \+ router"):
-        preflight.check_prompts(config(models, {}, VLLM | {"max_model_tokens": longest + 17}), tasks, print)
+        preflight.check_prompts(config(models, {}, VLLM | {"max_model_tokens": longest + 17}, **short), tasks, print)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
