@@ -33,6 +33,7 @@ def test_a_static_prefix_trains_and_is_compared_with_the_router(runs: Runs) -> N
     assert [arm["seeds"] for arm in arms] == [[0], [0]] and set(arms[1]["difference"]) == {"digits", "mean"}
 
 
+@pytest.mark.slow
 def test_a_run_is_ablated_and_measured_again(runs: Runs) -> None:
     done = runs.train("steps=4")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from tests.e2e.conftest import Runs
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_url_on_another_machine(runs: Runs, tmp_path: Path, monkeypatch) -> None:
     there = tmp_path / "bucket" / "run"
     for machine, steps in (("first", 2), ("second", 4)):
