@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from cluster.run.environment import PROCESS_ENVIRONMENT
+from cluster.run.guarded import guarded
 
 if TYPE_CHECKING:
     from cluster.jobs.client import Jobs
 
-STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO}
-
 console = Console()
-errors = Console(stderr=True)
 
 app = typer.Typer(
     help="Router-only reinforcement learning over frozen language models.",
@@ -88,7 +81,7 @@ def train(
 ) -> None:
     """Train a router.  Ctrl-C stops with a checkpoint; --resume goes on."""
     from cluster.config import ConfigError, load
-    from cluster.run.preflight import check_names
+    from cluster.run.preflight import check_names, print_plan
     from rewards.sources import build_tasks
 
     if overwrite and (resume or auto_resume):
@@ -100,7 +93,7 @@ def train(
         at_hand = settings.data.at_hand()
         if at_hand:
             build_tasks(settings.data.model_copy(update={"tasks": at_hand}))
-        _print_plan(settings)
+        print_plan(settings, console)
         for task in settings.data.tasks:
             if task not in at_hand:
                 console.print(f"not looked at: task {task.name}, which needs the hub", highlight=False)
@@ -413,60 +406,9 @@ def doctor(
     raise typer.Exit(examine(settings, runs, zoo_root(), address, console))
 
 
-def _print_plan(settings: object) -> None:
-    from cluster.config import RunConfig
-    from cluster.run.preflight import plan_rows
-
-    assert isinstance(settings, RunConfig)
-    console.print(settings.as_yaml(), highlight=False, markup=False)
-    table = Table("stage", "workers", "model", "threads", "CPUs", "GPUs", title="plan of workers")
-    for row in plan_rows(settings):
-        table.add_row(row.stage, str(row.workers), row.model, row.threads, f"{row.cpus:g}", f"{row.gpus:g}")
-    console.print(table)
-
-
 def main() -> None:
     """Entry point of the command."""
     guarded(app)
-
-
-def guarded(command: Callable[[], None]) -> None:
-    """Runs a command: what a user did wrong is one line and exit status 2, never a traceback."""
-    for name, value in PROCESS_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        command()
-    except ValueError as error:
-        if not _is_own(error):
-            raise
-        errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not _is_own(error):
-            raise
-        errors.print(f"[bold red]the run stopped:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except BrokenPipeError:
-        os._exit(141)  # as a command that SIGPIPE ends, such as `musketeers logs RUN -f | head`
-    except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
-            raise
-        place = error.filename or "the run's folder"
-        errors.print(
-            f"[bold red]the run stopped:[/] {place} cannot be written: {error.strerror}; put that right and go on "
-            "with --resume, the last checkpoint is whole",
-            highlight=False,
-            soft_wrap=True,
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted before training began; nothing was lost", highlight=False)
-        sys.exit(130)
-
-
-def _is_own(error: Exception) -> bool:
-    """Errors of our own that name a remedy; anything else is a bug and keeps its traceback."""
-    return type(error).__module__.split(".")[0] in ("experts", "rollout", "rewards", "learner", "cluster")
 
 
 if __name__ == "__main__":

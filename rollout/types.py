@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
+
+from rollout.operations import NO_OPERATIONS, Operations
 
 T = TypeVar("T")
 
@@ -195,20 +197,6 @@ class GroupFacts:
     prefix_rms_ratio: float
     attention: np.ndarray
     bytes: int
-
-
-class Operations(NamedTuple):
-    """Floating-point operations, estimated as 2 for every parameter and token that goes through a model.
-
-    experts, cold: of the experts, and what they would be without a cache.  policy: of reading and answering.
-    """
-
-    experts: float
-    cold: float
-    policy: float
-
-
-NO_OPERATIONS = Operations(0.0, 0.0, 0.0)
 
 
 class Rollout:

@@ -21,8 +21,9 @@ from experts.state import RouterShape, RouterSnapshot, build_router, embedding_r
 from rollout.config import PolicyConfig
 from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
 from rollout.engine import PolicyEngine, Request, TransformersEngine
+from rollout.operations import Operations
 from rollout.text import with_answers
-from rollout.types import Completion, Draws, Group, Message, Operations, Prompt, Rollout, RouterStamp, Sampling
+from rollout.types import Completion, Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
 
 
 class Made(NamedTuple):

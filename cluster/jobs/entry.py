@@ -9,9 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from cluster.cli import console, guarded
+from cluster.cli import console
 from cluster.config import ConfigError, parse
 from cluster.jobs.names import JOB_CONFIG, JOB_ID, JOB_OVERWRITE
+from cluster.run.guarded import guarded
 
 
 def run() -> None:

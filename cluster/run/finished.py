@@ -34,8 +34,11 @@ def read(folder: Path, name: str | None = None) -> Run:
     kept: Mapping[str, Any] = {
         key: value for key, value in settings.items() if not matches(key, (*BESIDE_THE_POINT, *WHILE_TRAINING))
     }
-    spent = [sum(v for k, v in line.items() if k.startswith("operations/")) for line in logs.read(run.metrics)]
-    cached = [line.get("operations/experts_cold", 0.0) for line in logs.read(run.metrics)]
+    steps = logs.read(run.metrics)
+
+    def spent(*stages: str) -> float:
+        return sum(line.get(f"operations/{stage}", 0.0) for line in steps for stage in stages)
+
     return Run(
         folder=folder,
         seed=config.seed,
@@ -45,8 +48,8 @@ def read(folder: Path, name: str | None = None) -> Run:
         train_s=float(summary["train_wall_s"]),
         name=name,
         constant=not config.trains,
-        operations=sum(spent) - sum(cached),
-        operations_cold=sum(spent) - sum(line.get("operations/experts", 0.0) for line in logs.read(run.metrics)),
+        operations=spent("experts", "rollout", "learner"),
+        operations_cold=spent("experts_cold", "rollout", "learner"),
     )
 
 

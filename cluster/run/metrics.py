@@ -97,10 +97,7 @@ def step_metrics(
         "pipeline/running": float(pipeline.running),
         "pipeline/waiting": float(pipeline.waiting),
         "pipeline/restarts": float(pipeline.restarts),
-        "operations/experts": sum(r.operations.experts for r in reports),
-        "operations/experts_cold": sum(r.operations.cold for r in reports),
-        "operations/rollout": sum(r.operations.policy for r in reports),
-        "operations/learner": sums.values.get("operations", 0.0),
+        **operation_metrics(reports, sums),
         "rollout/tokens_per_second": tokens / times.step_s,
         "cache/hit_rate": hits / max(hits + misses, 1),
         "time/step_s": times.step_s,
@@ -110,6 +107,16 @@ def step_metrics(
             for stage, seconds in stages.items()
         },
         **attention_metrics(groups, experts),
+    }
+
+
+def operation_metrics(reports: Sequence[WaveReport], sums: Sums) -> dict[str, float]:
+    """Floating-point operations by stage."""
+    return {
+        "operations/experts": sum(r.operations.experts for r in reports),
+        "operations/experts_cold": sum(r.operations.cold for r in reports),
+        "operations/rollout": sum(r.operations.policy for r in reports),
+        "operations/learner": sums.values.get("operations", 0.0),
     }
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from cluster.config import ConfigError, RunConfig
 from cluster.run.asked import answer_tokens
 from cluster.watch import wandb_run
@@ -199,6 +202,15 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
     for name, count in lost.items():
         note(f"task {name}: {count} prompts of more than {config.data.max_prompt_tokens} tokens are left out")
     return kept
+
+
+def print_plan(config: RunConfig, console: Console) -> None:
+    """The resolved configuration and the plan of workers."""
+    console.print(config.as_yaml(), highlight=False, markup=False)
+    table = Table("stage", "workers", "model", "threads", "CPUs", "GPUs", title="plan of workers")
+    for row in plan_rows(config):
+        table.add_row(row.stage, str(row.workers), row.model, row.threads, f"{row.cpus:g}", f"{row.gpus:g}")
+    console.print(table)
 
 
 @dataclass(frozen=True)

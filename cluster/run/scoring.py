@@ -12,7 +12,8 @@ import numpy as np
 from rewards.config import RewardsConfig
 from rewards.verify import Verifier
 from rewards.worker import RewardWorker
-from rollout.types import NO_OPERATIONS, GroupFacts, Operations, Prompt, RewardStatus, Rollout, Score
+from rollout.operations import NO_OPERATIONS, Operations
+from rollout.types import GroupFacts, Prompt, RewardStatus, Rollout, Score
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from experts.config import RouterConfig, WarmStartConfig
 from experts.loading import FrozenModel, load_frozen
 from experts.router import router_class
-from experts.warmstart import spoken, warm_start
+from experts.warmstart import WarmStartError, spoken, warm_start
 from tests.models import make
 
 WIDTHS = (12, 20)
@@ -63,6 +63,13 @@ def test_slots_that_no_text_fills_and_an_adapter_stay_as_they_are(policy: Frozen
     moved = (router.output.detach() - output).abs().amax(dim=(1, 2)) > 0
     assert moved.tolist() == [True] * 4 + [False] * 2
     assert torch.equal(router.adapter["a"], torch.ones(2))
+
+
+def test_experts_that_say_nothing_teach_nothing(policy: FrozenModel) -> None:
+    features, _ = world(20)
+    router = router_class("perceiver")(RouterConfig(width=64, heads=4, latents=4), WIDTHS, policy.width, 0.2)
+    with pytest.raises(WarmStartError, match="give no text to learn"):
+        warm_start(router, features, 2, spoken([""] * 20, policy, 4), WarmStartConfig(steps=1), seed=0)
 
 
 def test_a_template_without_answers_in_front_is_refused() -> None:

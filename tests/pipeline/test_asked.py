@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.config import RunConfig, parse
+from cluster.config import ConfigError, RunConfig, parse
 from cluster.run.asked import asked_by
 from cluster.run.routing import vote
 from rewards.sources import Task, build_tasks
@@ -59,6 +59,13 @@ def test_shuffled_prompts_get_another_s_states_with_another_answer(tasks: dict[s
 @pytest.mark.parametrize(("kind", "what"), [("perceiver", "states"), ("static", "nothing"), ("text", "answers")])
 def test_experts_are_asked_what_the_collaborator_uses(tasks: dict[str, Task], kind: str, what: str) -> None:
     assert asked_by(configuration(kind=kind), tasks).what == what
+
+
+@pytest.mark.parametrize("router", [{"gate": True}, {"kind": "top1"}])
+def test_choices_are_not_starved_of_the_groups_that_tell_them_apart(router: dict[str, object]) -> None:
+    values = configuration(**router).model_dump(mode="json")
+    with pytest.raises(ConfigError, match="drops the groups that tell a router's choices apart"):
+        parse(values | {"algorithm": {"kind": "dapo"}}, "test")
 
 
 def test_most_votes_win_and_trust_decides_between_equals() -> None:
