@@ -32,6 +32,30 @@ Pick = Callable[[Float[Tensor, "batch options"]], Int[Tensor, " batch"]]
 CLOSED_AT_FIRST = -2.0  # log-odds against no prefix at all: an eighth of the prompts try it
 
 
+class Chooser(nn.Module):
+    """Logits of a router's options: a sum over the experts' mean states, each read by a layer of its own."""
+
+    def __init__(self, experts: int, width: int, options: int, gate: bool) -> None:
+        super().__init__()
+        self.read = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, options, bias=False)) for _ in range(experts)
+        )
+        self.bias = nn.Parameter(torch.zeros(options))
+        # Every choice alike at first, but a gate open: it is there to be closed where that helps.
+        for read in self.read:
+            assert isinstance(read, nn.Sequential)
+            nn.init.zeros_(read[1].weight)
+        if gate:
+            nn.init.constant_(self.bias[-1:], CLOSED_AT_FIRST)
+
+    def forward(
+        self, means: Sequence[Float[Tensor, "batch width"]], visible: Bool[Tensor, "batch experts"]
+    ) -> Float[Tensor, "batch options"]:
+        """Logits; a hidden expert adds nothing to them."""
+        said = torch.stack([read(mean) for read, mean in zip(self.read, means, strict=True)])
+        return self.bias + (said * visible.T.unsqueeze(-1)).sum(dim=0)
+
+
 class Perceiver(nn.Module):
     """Learned latent queries cross-attend to the experts' projected states (PAPER: 8 latents, 8 heads, width 512).
 
@@ -67,7 +91,8 @@ class Perceiver(nn.Module):
         width, self.heads = config.width, config.heads
         self.project = nn.ModuleList(nn.Linear(expert_width, width) for expert_width in widths)
         # Unit-sized latents and expert marks: slots and experts differ from the first step on.
-        self.expert_embedding = nn.Parameter(torch.randn(len(widths), width))
+        marks = torch.randn(len(widths), width)
+        self.expert_embedding = nn.ParameterList([nn.Parameter(mark.clone()) for mark in marks])
         self.latents = nn.Parameter(torch.randn(config.latents, width))
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.merge = nn.Linear(width, width), nn.Linear(width, width)
@@ -84,15 +109,8 @@ class Perceiver(nn.Module):
         )
         self.null = nn.Parameter(torch.randn(width)) if config.null_expert else None
         self.gate = config.gate
-        self.choose: nn.Module | None = None
-        if (options := self.options(len(widths), config)) > 1:
-            last = nn.Linear(len(widths) * width, options)
-            # Every choice alike at first, but a gate open: it is there to be closed where that helps.
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            if config.gate:
-                nn.init.constant_(last.bias[-1:], CLOSED_AT_FIRST)
-            self.choose = nn.Sequential(nn.LayerNorm(len(widths) * width), last)
+        options = self.options(len(widths), config)
+        self.choose = Chooser(len(widths), width, options, config.gate) if options > 1 else None
         repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
         self.register_buffer("anchors", repeated)
 
@@ -161,7 +179,7 @@ class Perceiver(nn.Module):
             real = (_real(feature) & visible[:, index : index + 1]).unsqueeze(-1).to(state.dtype)
             means.append((state * real).sum(dim=1) / real.sum(dim=1).clamp_min(1))
         assert self.choose is not None
-        return self._allowed(self.choose(torch.cat(means, dim=1)), visible).log_softmax(dim=-1)
+        return self._allowed(self.choose(means, visible), visible).log_softmax(dim=-1)
 
     def _allowed(self, logits: Tensor, visible: Bool[Tensor, "batch experts"]) -> Tensor:
         return logits
@@ -173,7 +191,7 @@ class Perceiver(nn.Module):
 
     def _places(self, feature: Tensor) -> Tensor | float:
         """Marks states by how far they are from the prompt's end; a single state needs no mark."""
-        tokens, width = feature.shape[1], self.expert_embedding.shape[1]
+        tokens, width = feature.shape[1], self.latents.shape[1]
         if tokens == 1:
             return 0.0
         from_end = torch.arange(tokens - 1, -1, -1, device=feature.device, dtype=feature.dtype)

@@ -75,7 +75,9 @@ def test_a_top1_router_chooses_by_states_starts_undecided_and_never_takes_a_hidd
     router = Top1(config(kind="top1"), (24, 8), 12, 1.0)
     options = outputs(router, features(0), [0] * 4).options
     assert options is not None and torch.allclose(options.exp(), torch.full((4, 2), 0.5))
-    torch.nn.init.normal_(router.choose[1].weight)  # type: ignore[index]
+    assert router.choose is not None
+    for read in router.choose.read:
+        torch.nn.init.normal_(read[1].weight)  # type: ignore[index]
     chances = outputs(router, features(0), [0] * 4).options
     assert chances is not None and chances.std(dim=0).min() > 0
     hidden = router(features(0), torch.tensor([[True, False]] * 4))

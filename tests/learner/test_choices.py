@@ -139,4 +139,4 @@ def test_groups_with_a_closed_gate_teach_the_gate_alone(chooser: World) -> None:
     learner.finish_update()
     assert not sums.values.get("tokens")
     moved = {name for name, g in found.items() if np.abs(g).max() > 1e-9}
-    assert "choose.1.weight" in moved and "output" not in moved
+    assert "choose.read.0.1.weight" in moved and "output" not in moved
