@@ -163,6 +163,13 @@ class RunConfig(BaseModel):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
+    def _gate(self) -> RunConfig:
+        if self.router.gate is None:
+            wanted = self.router.kind == "perceiver" and not self.algorithm.dynamic_sampling
+            self.__dict__["router"] = self.router.model_copy(update={"gate": wanted})
+        return self
+
+    @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
         names = [expert.name for expert in self.experts]
         if not names:

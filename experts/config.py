@@ -244,7 +244,8 @@ class RouterConfig(BaseModel):
     kind: `perceiver`; `top1`, a Perceiver that is shown one expert a prompt, which it chooses; `static`, a learned
         prefix that is the same for every prompt; `none`, no prefix; `text`, no prefix either, but the experts' answers
         in the prompt; or `module:Class` of your own with the constructor and forward of `Perceiver`.
-    gate: a choice for every prompt whether it gets a prefix at all.
+    gate: a choice for every prompt whether it gets a prefix at all, so that experts who have nothing to say do not
+        hurt; None means yes for a `perceiver`, unless `algorithm.dynamic_sampling` drops what would teach it.
     null_expert: an expert that knows nothing and that the latents may attend to instead of the others.
     states: whose states the experts give for a prompt: its `own`, or, as controls, those of its `task` (always the same
         prompt of the task, which says which task it is and nothing else), or of another prompt with another answer, of
@@ -265,7 +266,7 @@ class RouterConfig(BaseModel):
     expert_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     calibration: CalibrationConfig = CalibrationConfig()
     prefix: PrefixConfig = PrefixConfig()
-    gate: bool = False
+    gate: bool | None = None
     null_expert: bool = False
     warm_start: WarmStartConfig = WarmStartConfig()
     states: Literal["own", "task", "shuffled", "shuffled_within_task"] = "own"

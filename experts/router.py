@@ -108,9 +108,9 @@ class Perceiver(nn.Module):
             torch.randn(config.latents, width, policy_width) * config.prefix.scale * embedding_rms
         )
         self.null = nn.Parameter(torch.randn(width)) if config.null_expert else None
-        self.gate = config.gate
+        self.gate = bool(config.gate)
         options = self.options(len(widths), config)
-        self.choose = Chooser(len(widths), width, options, config.gate) if options > 1 else None
+        self.choose = Chooser(len(widths), width, options, self.gate) if options > 1 else None
         repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
         self.register_buffer("anchors", repeated)
 
@@ -124,7 +124,7 @@ class Perceiver(nn.Module):
     @staticmethod
     def options(experts: int, config: RouterConfig) -> int:
         """How many choices there are for a prompt: what `shown` is for each, and last, with a gate, no prefix."""
-        return 1 + config.gate
+        return 1 + bool(config.gate)
 
     def shown(self, visible: Bool[Tensor, "batch experts"], choice: Int[Tensor, " batch"]) -> Bool[Tensor, "batch e"]:
         """The experts that a choice shows."""
@@ -210,7 +210,7 @@ class Top1(Perceiver):
     @staticmethod
     def options(experts: int, config: RouterConfig) -> int:
         """An expert each, and last, with a gate, no prefix."""
-        return experts + config.gate
+        return experts + bool(config.gate)
 
     def shown(self, visible: Bool[Tensor, "batch experts"], choice: Int[Tensor, " batch"]) -> Bool[Tensor, "batch e"]:
         """The chosen expert; of a closed gate all that are visible, which counts for nothing."""

@@ -146,8 +146,8 @@ def load_router(folder: Path, shape: RouterShape, config: RouterConfig) -> Route
                 f"router {folder}: saved with router.{key} {meta['config'][key]}, not {getattr(config, key)}"
             )
     for key in ("gate", "null_expert"):
-        if meta["config"].get(key, False) != getattr(config, key):
-            raise RouterError(f"router {folder}: saved with router.{key} {not getattr(config, key)}")
+        if (had := bool(meta["config"].get(key))) != bool(getattr(config, key)):
+            raise RouterError(f"router {folder}: saved with router.{key} {had}, not {not had}")
     arrays = load_file(folder / "router.safetensors")
     if checksum(arrays) != meta["checksum"]:
         raise RouterError(f"router {folder}: router.safetensors does not match its checksum: copy it again")
