@@ -37,14 +37,12 @@ class Chooser(nn.Module):
 
     def __init__(self, experts: int, width: int, options: int, gate: bool) -> None:
         super().__init__()
-        self.read = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, options, bias=False)) for _ in range(experts)
-        )
-        self.bias = nn.Parameter(torch.zeros(options))
         # Every choice alike at first, but a gate open: it is there to be closed where that helps.
-        for read in self.read:
-            assert isinstance(read, nn.Sequential)
-            nn.init.zeros_(read[1].weight)
+        layers = [nn.Linear(width, options, bias=False) for _ in range(experts)]
+        for layer in layers:
+            nn.init.zeros_(layer.weight)
+        self.read = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), layer) for layer in layers)
+        self.bias = nn.Parameter(torch.zeros(options))
         if gate:
             nn.init.constant_(self.bias[-1:], CLOSED_AT_FIRST)
 

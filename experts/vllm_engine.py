@@ -7,13 +7,14 @@ any number of threads may call at once: vLLM batches what comes together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -123,6 +124,7 @@ class VllmEngine:
         self.path, self.pooling, self.dead = path, pooling, False
         self._on_death, self._numbers, self._closing = on_death, itertools.count(), False
         self._adapter_rank, self._adapter_ids = adapter_rank, dict[Path, int]()
+        self.under_way = 0  # streams
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -229,6 +231,72 @@ class VllmEngine:
             return await _together([one(p, s) for p, s in zip(prompts, each, strict=True)])
 
         return self._asked(every())
+
+    async def stream(
+        self,
+        prompt: Tensor,
+        samples: int,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        end_tokens: Sequence[int],
+        seed: int,
+        adapter: Path | None = None,
+    ) -> AsyncGenerator[tuple[int, Sample, bool | None]]:
+        """One prompt's samples as they are made: which one, what is new, and at its end whether it stopped by itself.
+
+        A caller that stops listening ends the engine's request.
+
+        Raises:
+            EngineDiedError: when the engine's process is gone.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self.dead:
+            raise EngineDiedError(f"the vLLM engine of {self.path} is gone")
+        sampling = SamplingParams(
+            n=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_new_tokens,
+            seed=seed if temperature else None,
+            logprobs=0,
+            stop_token_ids=list(end_tokens),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        lora = None if adapter is None else self._adapter(adapter)
+        here, news = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        async def listen() -> None:
+            asked = self._engine.generate({"prompt_embeds": prompt}, sampling, number, lora_request=lora)
+            async for output in asked:
+                here.call_soon_threadsafe(news.put_nowait, output.outputs)
+
+        def ended(task: Any) -> None:
+            gone = EngineDiedError(f"the vLLM engine of {self.path} was closed")
+            with contextlib.suppress(RuntimeError):  # of a loop in which nobody listens any more
+                here.call_soon_threadsafe(news.put_nowait, gone if task.cancelled() else task.exception())
+
+        number = f"stream-{next(self._numbers)}"
+        listening = asyncio.run_coroutine_threadsafe(listen(), self._loop)
+        listening.add_done_callback(ended)
+        self.under_way += 1
+        try:
+            while (new := await news.get()) is not None:
+                if isinstance(new, EngineDeadError):
+                    self._died()
+                    raise EngineDiedError(f"the vLLM engine of {self.path} died: {new}") from new
+                if isinstance(new, BaseException):
+                    raise new
+                for made in new:
+                    yield made.index, _new(made), None if made.finish_reason is None else made.finish_reason == "stop"
+        finally:
+            self.under_way -= 1
+            listening.cancel()
 
     def _adapter(self, folder: Path) -> Any:
         from vllm.lora.request import LoRARequest
@@ -353,7 +421,13 @@ def _pooler(pooling: str) -> dict[str, Any]:
 
 
 def _sample(made: Any) -> Sample:
-    if made.finish_reason not in ("stop", "length"):
+    if made.finish_reason is None:
+        raise RuntimeError("vLLM ended a request early")
+    return _new(made)
+
+
+def _new(made: Any) -> Sample:
+    if made.finish_reason not in (None, "stop", "length"):
         raise RuntimeError(f"vLLM ended a request early: {made.finish_reason}")
     tokens = list(made.token_ids)
     logprobs = [position[token].logprob for token, position in zip(tokens, made.logprobs, strict=True)]

@@ -7,7 +7,7 @@ exactly one router version.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from experts.adapter import adapter_arrays
 from experts.loading import FrozenModel, weights_sha256
 from experts.state import RouterSnapshot
+from rollout.continuous import ContinuousBatch, Decoding, Piece
 from rollout.sequence import PrefixPosition, PromptBatch, Tokens, lay_out_prompts, next_positions, with_prefix
 from rollout.types import Completion, FinishReason, Sampling
 
@@ -58,6 +59,24 @@ class PolicyEngine(Protocol):
         """
         ...
 
+    def stream(
+        self,
+        tokens: Tokens,
+        prefix: Float[Tensor, "slots width"] | None,
+        decoding: Decoding,
+        snapshot: RouterSnapshot | None = None,
+    ) -> AsyncIterator[Piece]:
+        """The samples of one request as they are made; a caller that stops listening ends them.
+
+        snapshot: as in `generate`, the same for all requests at a time.
+        """
+        ...
+
+    @property
+    def under_way(self) -> int:
+        """Streams that are being made."""
+        ...
+
     def sha256(self) -> str:
         """Hash of the policy's weights as they are now."""
         ...
@@ -76,6 +95,7 @@ class TransformersEngine:
         self.policy = policy
         self.position: PrefixPosition = position
         self._adapter = ""
+        self._streams: ContinuousBatch | None = None
 
     @torch.inference_mode()
     def generate(
@@ -152,12 +172,33 @@ class TransformersEngine:
         flat = self._completions(tokens[:, said].cpu().numpy(), logprobs[:, said].cpu().numpy())
         return [flat[i : i + sampling.samples] for i in range(0, len(flat), sampling.samples)]
 
+    def stream(
+        self,
+        tokens: Tokens,
+        prefix: Float[Tensor, "slots width"] | None,
+        decoding: Decoding,
+        snapshot: RouterSnapshot | None = None,
+    ) -> AsyncIterator[Piece]:
+        """See `PolicyEngine.stream`."""
+        if self._streams is None:
+            self._streams = ContinuousBatch(self.policy, self.position)
+        if snapshot is not None:
+            self._adapted(snapshot)
+        return self._streams.stream(tokens, prefix, decoding)
+
+    @property
+    def under_way(self) -> int:
+        """See `PolicyEngine.under_way`."""
+        return 0 if self._streams is None else self._streams.under_way
+
     def sha256(self) -> str:
         """See `PolicyEngine.sha256`."""
         return weights_sha256(self.policy.model)
 
     def close(self) -> None:
-        """Nothing runs outside."""
+        """Ends the streams; nothing runs outside."""
+        if self._streams is not None:
+            self._streams.close()
 
     def _completions(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
         """One a row; equal rows are one object, which saves everybody after this most of the work."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from experts.loading import FrozenModel
 from experts.state import RouterSnapshot
 from experts.vllm_engine import Sample, VllmEngine
 from rollout.config import PolicyConfig
+from rollout.continuous import Decoding, Piece
 from rollout.engine import Request, lay_out_requests
-from rollout.sequence import PrefixPosition, with_prefix
+from rollout.sequence import PrefixPosition, Tokens, with_prefix
 from rollout.types import Completion, FinishReason, Sampling
 
 ADAPTERS_KEPT = 64  # versions on disk: more than requests under way may ask for
@@ -72,6 +74,36 @@ class VllmPolicyEngine:
             self._adapter_file(snapshot),
         )
         return [self._completions(samples) for samples in made]
+
+    async def stream(
+        self,
+        tokens: Tokens,
+        prefix: Float[Tensor, "slots width"] | None,
+        decoding: Decoding,
+        snapshot: RouterSnapshot | None = None,
+    ) -> AsyncIterator[Piece]:
+        """See `PolicyEngine.stream`."""
+        slots = None if prefix is None else prefix[None]
+        (prompt,) = self.embeddings([Request(np.asarray(tokens), None)], slots)
+        made = self.engine.stream(
+            prompt,
+            decoding.samples,
+            decoding.temperature,
+            decoding.top_p,
+            decoding.max_new_tokens,
+            self.policy.end_tokens,
+            decoding.seed,
+            self._adapter_file(snapshot),
+        )
+        async with contextlib.aclosing(made):
+            async for sample, new, stopped in made:
+                finish = None if stopped is None else FinishReason.STOP if stopped else FinishReason.LENGTH
+                yield Piece(sample, tuple(new.tokens), tuple(new.logprobs), finish)
+
+    @property
+    def under_way(self) -> int:
+        """See `PolicyEngine.under_way`."""
+        return self.engine.under_way
 
     def embeddings(
         self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None

@@ -135,11 +135,12 @@ class RolloutWorker:
         draws = [collaborator_draws(self.seed, p.ordinal, snapshot.version, experts, dropout) for p in prompts]
         for mine in draws:
             mine.expert_mask[list(hidden)] = False
-        made = Made(None, None, draws) if alone else self._made(snapshot, encoded, prompts, draws, training)
+        uniforms = [choice_uniform(self.seed, p.ordinal, snapshot.version) for p in prompts] if training else None
+        made = Made(None, None, draws) if alone else self.collaborate(snapshot, encoded, draws, uniforms)
         if prefix is not None:
             same = torch.from_numpy(prefix).to(self.policy.device).expand(len(prompts), -1, -1)
             made = made._replace(prefix=same if len(prefix) else None)
-        tokens = [np.asarray(self.policy.tokenize(m), dtype=np.int64) for m in self._messages(prompts, encoded)]
+        tokens = [np.asarray(self.policy.tokenize(m), dtype=np.int64) for m in self.messages_for(prompts, encoded)]
         requests = [
             Request(
                 t, self._uniforms(p, snapshot, sampling), request_seed(self.seed, p.ordinal, snapshot.version), d.open
@@ -167,7 +168,7 @@ class RolloutWorker:
     def mean_prefix(self, prompts: Sequence[Prompt], snapshot: RouterSnapshot, *encoded: Encoded) -> np.ndarray:
         """(slots, width) mean of these prompts' prefixes, of those that get one."""
         draws = [Draws(expert_mask=np.ones(len(self._experts), dtype=bool)) for _ in prompts]
-        made = self._made(snapshot, tuple(whole(encoded)), prompts, draws, training=False)
+        made = self.collaborate(snapshot, tuple(whole(encoded)), draws)
         given = [row for row, mine in enumerate(made.draws) if mine.open]
         if made.prefix is None or not given:
             return np.zeros((0, self.policy.width), np.float32)
@@ -203,14 +204,18 @@ class RolloutWorker:
             for i, prompt in enumerate(prompts)
         )
 
-    def _made(
+    def collaborate(
         self,
         snapshot: RouterSnapshot,
         encoded: Sequence[Encoded],
-        prompts: Sequence[Prompt],
         draws: list[Draws],
-        training: bool,
+        uniforms: Sequence[float] | None = None,
     ) -> Made:
+        """What the snapshot's router makes of some prompts' features.
+
+        draws: one a prompt, with the experts it may see.
+        uniforms: one a prompt, to sample a router's choices by; without, it takes the most likely ones.
+        """
         with self._router_lock:
             if self._router is None:
                 raise RuntimeError("generate was called before attach: the router's shape is not known")
@@ -220,7 +225,6 @@ class RolloutWorker:
                 self._stamp = stamp
             features = stack_features([e.features for e in encoded if e.features], self.policy.device)
             visible = torch.from_numpy(np.stack([d.expert_mask for d in draws])).to(self.policy.device)
-            uniforms = [choice_uniform(self.seed, p.ordinal, snapshot.version) for p in prompts] if training else None
             choice = Choice(uniforms)
             out = self._router(features, visible, choice) if chooses(self._router) else self._router(features, visible)
             if out.options is not None:
@@ -229,7 +233,7 @@ class RolloutWorker:
         prefix = out.prefix if out.prefix.shape[1] else None
         return Made(prefix, out.attention.mean(dim=1).float().cpu().numpy(), draws)
 
-    def _messages(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> list[Sequence[Message]]:
+    def messages_for(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> list[Sequence[Message]]:
         """What the policy reads."""
         if not any(e.answers for e in encoded):
             return [prompt.messages for prompt in prompts]

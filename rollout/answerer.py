@@ -1,0 +1,118 @@
+"""A policy that answers people: each prompt by itself, as a stream, under one trained router."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.config import RouterConfig
+from experts.expert import Encoded
+from experts.loading import describe
+from experts.router import Asks, router_class
+from experts.state import RouterShape, RouterSnapshot
+from rollout.config import PolicyConfig
+from rollout.continuous import Decoding, Piece
+from rollout.types import Draws, Message, Prompt
+from rollout.worker import RolloutWorker
+
+
+class PromptTooLongError(ValueError):
+    """A prompt that does not fit into the policy's context together with its prefix and the answer."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known of an answer before its first token.
+
+    tokens: of the prompt as the policy reads it, without the prefix's slots.
+    attention: (experts,) share of the router's attention, the mean over heads and slots; zeros where it has none.
+    gate: whether the policy got the prefix.
+    hidden: names of experts that the router did not see.
+    """
+
+    tokens: np.ndarray
+    prefix: Tensor | None
+    attention: np.ndarray
+    gate: bool
+    hidden: tuple[str, ...]
+
+    @property
+    def slots(self) -> int:
+        """Of the prefix."""
+        return 0 if self.prefix is None else len(self.prefix)
+
+
+class Answerer(RolloutWorker):
+    """A rollout worker under one router for good."""
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        path: str,
+        router: RouterConfig,
+        shape: RouterShape,
+        snapshot: RouterSnapshot,
+        threads: int = 0,
+    ) -> None:
+        super().__init__(policy, path, router, seed=0, threads=threads)
+        with contextlib.ExitStack() as built:
+            built.callback(self.close)
+            self.attach(shape)
+            self.shape, self.snapshot = shape, snapshot
+            self.asks: Asks = getattr(router_class(router.kind), "asks", "states")
+            self.limit: int | None = policy.max_model_tokens or describe(path)["longest"]
+            built.pop_all()
+
+    @torch.inference_mode()
+    def open(self, messages: Sequence[Message], encoded: Sequence[Encoded | None], decoding: Decoding) -> Opened:
+        """Everything up to the first token.
+
+        encoded: of this one prompt, what each expert gave, in the router's order; None of one that gave nothing, which
+            is hidden from the router.  Empty where it asks for nothing.
+
+        Raises:
+            PromptTooLongError: with the numbers.
+        """
+        visible = np.array([part is not None for part in encoded] or [True] * len(self.shape.experts))
+        prompt = Prompt(ordinal=0, task="", messages=tuple(messages), answer="")
+        given = [part for part in encoded if part is not None]
+        (seen,) = self.messages_for([prompt], self._texts(encoded))
+        tokens = np.asarray(self.policy.tokenize(seen), dtype=np.int64)
+        prefix, attention, gate = None, np.zeros(len(visible)), False
+        if self.asks == "nothing" or (self.asks == "states" and given):
+            shown = [self._stand_in(index) if part is None else part for index, part in enumerate(encoded)]
+            made = self.collaborate(self.snapshot, shown, [Draws(expert_mask=visible)])
+            gate = made.prefix is not None and made.draws[0].open
+            prefix = made.prefix[0] if made.prefix is not None and gate else None
+            attention = attention if made.attention is None else made.attention[0].mean(axis=0)
+        slots = 0 if prefix is None else len(prefix)
+        if self.limit is not None and (total := slots + len(tokens) + decoding.max_new_tokens) > self.limit:
+            raise PromptTooLongError(
+                f"the policy's context is {self.limit} tokens; {len(tokens)} of the prompt, {slots} of the prefix and "
+                f"{decoding.max_new_tokens} of the answer are {total}"
+            )
+        hidden = tuple(name for name, mine in zip(self.shape.experts, visible, strict=True) if not mine)
+        return Opened(tokens, prefix, attention, gate, hidden)
+
+    def stream(self, opened: Opened, decoding: Decoding) -> AsyncIterator[Piece]:
+        """The answer's samples as they are made; a caller that stops listening ends them."""
+        return self.engine.stream(opened.tokens, opened.prefix, decoding, self.snapshot)
+
+    def _stand_in(self, expert: int) -> Encoded:
+        """In an absent expert's place, for the shapes: the router does not see it."""
+        nothing = np.zeros((1, self.shape.widths[expert]), np.float32)
+        return Encoded(self.shape.experts[expert], ("",), (nothing,), 0, 0, 0.0, (0,))
+
+    def _texts(self, encoded: Sequence[Encoded | None]) -> list[Encoded]:
+        """Answers of all experts, an absent one's empty."""
+        if self.asks != "answers":
+            return []
+        return [
+            Encoded(name, (), (), 0, 0, 0.0, (0,), ("",)) if part is None else part
+            for name, part in zip(self.shape.experts, encoded, strict=True)
+        ]
