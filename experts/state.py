@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import nn
 
@@ -129,17 +130,35 @@ def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, conf
     (folder / "router.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
+def read_router(folder: Path) -> tuple[RouterSnapshot, dict[str, Any]]:
+    """A saved router, whatever it belongs to, and its `router.json`.
+
+    Raises:
+        RouterError: naming the file that is missing or damaged.
+    """
+    weights, described = folder / "router.safetensors", folder / "router.json"
+    for path in (described, weights):
+        if not path.is_file():
+            raise RouterError(f"{folder} holds no router: {path.name} is missing")
+    try:
+        meta = json.loads(described.read_text())
+        arrays = load_file(weights)
+        snapshot = RouterSnapshot(meta["version"], meta["incarnation"], meta["checksum"], arrays)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RouterError(f"router {folder}: its files are damaged ({error}): copy them again") from error
+    if checksum(arrays) != snapshot.checksum:
+        raise RouterError(f"router {folder}: router.safetensors does not match its checksum: copy it again")
+    return snapshot, meta
+
+
 def load_router(folder: Path, shape: RouterShape, config: RouterConfig) -> RouterSnapshot:
     """Reads a saved router that must belong to these experts, this policy and this architecture.
 
     Raises:
         RouterError: naming what differs, or the file that is missing or damaged.
     """
-    meta_path = folder / "router.json"
-    if not meta_path.is_file():
-        raise RouterError(f"{folder} holds no router: {meta_path.name} is missing")
-    meta = json.loads(meta_path.read_text())
-    _refuse_other_experts(folder, meta, shape)
+    snapshot, meta = read_router(folder)
+    refuse_others(folder, meta, shape)
     for key in ("kind", "width", "latents", "heads", "feedforward"):
         if meta["config"][key] != getattr(config, key):
             raise RouterError(
@@ -148,10 +167,7 @@ def load_router(folder: Path, shape: RouterShape, config: RouterConfig) -> Route
     for key in ("gate", "null_expert"):
         if (had := bool(meta["config"].get(key))) != bool(getattr(config, key)):
             raise RouterError(f"router {folder}: saved with router.{key} {had}, not {not had}")
-    arrays = load_file(folder / "router.safetensors")
-    if checksum(arrays) != meta["checksum"]:
-        raise RouterError(f"router {folder}: router.safetensors does not match its checksum: copy it again")
-    return RouterSnapshot(meta["version"], meta["incarnation"], meta["checksum"], arrays)
+    return snapshot
 
 
 def fitted(saved: Arrays, fresh: Arrays, where: str) -> Arrays:
@@ -169,7 +185,12 @@ def fitted(saved: Arrays, fresh: Arrays, where: str) -> Arrays:
     return {name: saved.get(name, array) for name, array in fresh.items()}
 
 
-def _refuse_other_experts(folder: Path, meta: dict[str, Any], shape: RouterShape) -> None:
+def refuse_others(folder: Path | str, meta: Mapping[str, Any], shape: RouterShape) -> None:
+    """Refuses a saved router that was trained with other experts or another policy; `meta` is its `router.json`.
+
+    Raises:
+        RouterError: naming what differs.
+    """
     mine = shape.describe()
     saved_names = [expert["name"] for expert in meta["experts"]]
     if saved_names != list(shape.experts):

@@ -47,7 +47,7 @@ class Checkpoint:
 
 def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: RouterConfig, keep: int) -> Path:
     """Writes `step-NNNNNN` and drops the oldest beyond `keep`; the first (step 0) always stays, for replay."""
-    folder, partial = root / f"step-{checkpoint.step:06d}", root / f".partial-{checkpoint.step:06d}"
+    folder, partial = place(root, checkpoint.step), root / f".partial-{checkpoint.step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     save_router(partial, checkpoint.learner.snapshot, shape, router)
     arrays, meta = _flatten(checkpoint.learner)
@@ -60,8 +60,13 @@ def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: Router
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     for old in steps(root)[1:-keep] if steps(root)[:1] == [0] else steps(root)[:-keep]:
-        shutil.rmtree(root / f"step-{old:06d}")
+        shutil.rmtree(place(root, old))
     return folder
+
+
+def place(root: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return root / f"step-{step:06d}"
 
 
 def steps(root: Path) -> list[int]:
@@ -84,7 +89,7 @@ def read(root: Path, step: int | None = None, prompt: Callable[[int, int | None]
         raise CheckpointError(
             f"{root} holds no checkpoint{'' if step is None else f' of step {step}'}; it has steps {known}"
         )
-    folder = root / f"step-{known[-1] if step is None else step:06d}"
+    folder = place(root, known[-1] if step is None else step)
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
