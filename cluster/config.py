@@ -256,6 +256,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(tree):
         raise ConfigError(f"{path} must hold keys and values at its top level")
+    return _overridden(tree, overrides, str(path))
+
+
+def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A resolved configuration with overrides.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    return _overridden(OmegaConf.create(config.model_dump(mode="json")), overrides, "the overrides")
+
+
+def _overridden(tree: Any, overrides: Sequence[str], where: str) -> RunConfig:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -264,7 +277,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
-    return parse(OmegaConf.to_container(tree, resolve=True), str(path))
+    return parse(OmegaConf.to_container(tree, resolve=True), where)
 
 
 def parse(values: Any, where: str) -> RunConfig:

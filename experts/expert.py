@@ -121,6 +121,11 @@ class Expert:
             "sha256": self.sha256(),
         }
 
+    @property
+    def fingerprint(self) -> str:
+        """What a router is trained for: the model, and how its states are made."""
+        return self._fingerprint
+
     def sha256(self) -> str:
         """Hash of the weights as they are now."""
         return self.encoder.sha256()

@@ -64,6 +64,7 @@ class Answerer(RolloutWorker):
             built.callback(self.close)
             self.attach(shape)
             self.shape, self.snapshot = shape, snapshot
+            self._slots = 0 if router.kind in ("none", "text") else router.latents
             self.asks: Asks = getattr(router_class(router.kind), "asks", "states")
             self.limit: int | None = policy.max_model_tokens or describe(path)["longest"]
             built.pop_all()
@@ -90,14 +91,25 @@ class Answerer(RolloutWorker):
             gate = made.prefix is not None and made.draws[0].open
             prefix = made.prefix[0] if made.prefix is not None and gate else None
             attention = attention if made.attention is None else made.attention[0].mean(axis=0)
-        slots = 0 if prefix is None else len(prefix)
-        if self.limit is not None and (total := slots + len(tokens) + decoding.max_new_tokens) > self.limit:
-            raise PromptTooLongError(
-                f"the policy's context is {self.limit} tokens; {len(tokens)} of the prompt, {slots} of the prefix and "
-                f"{decoding.max_new_tokens} of the answer are {total}"
-            )
+        self._check(len(tokens), 0 if prefix is None else len(prefix), decoding.max_new_tokens)
         hidden = tuple(name for name, mine in zip(self.shape.experts, visible, strict=True) if not mine)
         return Opened(tokens, prefix, attention, gate, hidden)
+
+    def check_room(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> None:
+        """Refuses prompts that do not fit in with a prefix and an answer of this length.
+
+        Raises:
+            PromptTooLongError: with the numbers.
+        """
+        for messages in conversations:
+            self._check(len(self.policy.tokenize(messages)), self._slots, max_new_tokens)
+
+    def _check(self, prompt: int, slots: int, answer: int) -> None:
+        if self.limit is not None and (total := prompt + slots + answer) > self.limit:
+            raise PromptTooLongError(
+                f"the policy's context is {self.limit} tokens; {prompt} of the prompt, {slots} of the prefix and "
+                f"{answer} of the answer are {total}"
+            )
 
     def stream(self, opened: Opened, decoding: Decoding) -> AsyncIterator[Piece]:
         """The answer's samples as they are made; a caller that stops listening ends them."""

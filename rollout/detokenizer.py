@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 BROKEN = "\ufffd"  # what a decoder shows of half a character
@@ -28,3 +29,26 @@ class Detokenizer:
             return ""
         self._before, self._read = self._read, len(self._tokens)
         return now[len(known) :]
+
+
+class Stops:
+    """Cuts a text that comes in pieces before the first of some texts, which may lie across pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def add(self, text: str, last: bool = False) -> tuple[str, bool]:
+        """What can be shown by now, and whether a stop was met; what may be the beginning of one is held back."""
+        text = self._held + text
+        met = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if met:
+            return text[: min(met)], True
+        kept = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text with which a stop begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
