@@ -264,7 +264,7 @@ def serve(
     address: Annotated[str | None, typer.Option(help="A Ray cluster to serve on, such as host:6379.")] = None,
     max_policies: Annotated[int | None, typer.Option(help="Policy replicas that Serve may scale to.", min=1)] = None,
     max_experts: Annotated[int | None, typer.Option(help="Replicas of each expert, likewise.", min=1)] = None,
-    expert_timeout: Annotated[float, typer.Option(help="Seconds after which to answer without an expert.")] = 10.0,
+    expert_timeout: Annotated[float, typer.Option(help="Seconds after which to answer without an expert.")] = 5.0,
 ) -> None:
     """Serve a trained router with an OpenAI-compatible API on Ray Serve.  RUN: a run, a bundle, or hub:USER/NAME."""
     from cluster.serve.serving import Options, serve_trained

@@ -116,6 +116,14 @@ class _Turn(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _texts_only(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else []:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise ValueError("only parts of type text are read here")
+        return content
+
     def message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return Message(role="system" if self.role == "developer" else self.role, content=text)

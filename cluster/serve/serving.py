@@ -51,7 +51,7 @@ class Options:
     most_policies: int | None = None
     most_experts: int | None = None
     per_replica: int = 32
-    expert_timeout_s: float = 10.0
+    expert_timeout_s: float = 5.0
     deadline_s: float = 600.0
 
 
@@ -192,7 +192,8 @@ def _watch(stopped: threading.Event, console: Console) -> None:
         status = serve.status().applications.get(APPLICATION)
         now = "gone" if status is None else str(status.status.value)
         if now != before:
-            console.print(f"the application is {now}" + (f": {_why(status)}" if status else ""), highlight=False)
+            ill = status is not None and now != "RUNNING"
+            console.print(f"the application is {now}" + (f": {_why(status)}" if ill else ""), highlight=False)
         before = now
 
 

@@ -36,7 +36,7 @@ def answer_questions(
         ValueError: one line, when there is no such router, or a question is too long.
     """
     asked = [line for given in questions for line in (_lines() if given == "-" else [given])]
-    with console.status("loading the experts and the policy"):
+    with Console(stderr=True).status("loading the experts and the policy"):
         musketeers = Musketeers.from_run(place, *overrides, step=step)
     with musketeers:
         answers = musketeers.generate(
