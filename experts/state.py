@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,17 @@ class RouterShape:
     policy_fingerprint: str
     embedding_rms: float
     norms: tuple[str, ...] = ()
+
+    def of(self, names: Sequence[str]) -> RouterShape:
+        """The same with only these experts, in this order."""
+        at = [self.experts.index(name) for name in names]
+
+        def chosen(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[index] for index in at) if values else ()
+
+        experts, widths, layers = chosen(self.experts), chosen(self.widths), chosen(self.layers)
+        prints, norms = chosen(self.expert_fingerprints), chosen(self.norms)
+        return replace(self, experts=experts, widths=widths, layers=layers, expert_fingerprints=prints, norms=norms)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -182,6 +193,8 @@ def fitted(saved: Arrays, fresh: Arrays, where: str) -> Arrays:
             raise RouterError(f"router {where}: {name} is {saved[name].shape} there and {array.shape} here")
         if name not in saved and not name.startswith(ADAPTER):
             raise RouterError(f"router {where}: it has no {name}")
+    if unknown := [name for name in saved if name not in fresh and not name.startswith(ADAPTER)]:
+        raise RouterError(f"router {where}: it has a {unknown[0]}, and a router of these settings has none")
     return {name: saved.get(name, array) for name, array in fresh.items()}
 
 

@@ -12,13 +12,18 @@ class HubError(ValueError):
     """Something the hub does not have, or does not let us do; the message says what to do."""
 
 
+def is_on_hub(place: str | Path) -> bool:
+    """Whether a place is on the hub, and not on this machine."""
+    return str(place).startswith(SCHEME)
+
+
 def folder_of(place: str | Path) -> Path:
     """The folder of a place on this machine: of `hub:USER/NAME[@REVISION]`, a copy that is downloaded first.
 
     Raises:
         HubError: when it cannot be had.
     """
-    if not str(place).startswith(SCHEME):
+    if not is_on_hub(place):
         return Path(place).expanduser()
     return download(str(place))
 
