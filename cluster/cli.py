@@ -250,6 +250,24 @@ def ablate(run: RunPath, step: EvalStep = None, split: EvalSplit = "test", promp
 
 
 @app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.", show_default=False)],
+    step: EvalStep = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+    push_to: Annotated[
+        str | None, typer.Option(help="USER/NAME on the Hugging Face hub, to upload it too.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to: a new repository is private.")] = False,
+) -> None:
+    """Write a run's router with its recipe, results and model card as a folder to share."""
+    from cluster.run.bundle import share
+
+    for place in share(run, out, step, overwrite, push_to, private):
+        console.print(place, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step to recompute.", min=1)]) -> None:
     """Recompute a step's loss and gradient from its saved groups; exit status 1 when the logged norm is not met."""
     from cluster.run.afterwards import replay_step

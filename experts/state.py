@@ -24,6 +24,7 @@ from experts.loading import FrozenModel
 from experts.router import router_class
 
 Arrays = dict[str, np.ndarray]
+ROUTER_FILES = ("router.safetensors", "router.json")
 
 
 class RouterError(ValueError):
@@ -128,9 +129,6 @@ def put_arrays(router: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 
 def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, config: RouterConfig) -> None:
     """Writes `router.safetensors` and `router.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not `save_file`, whose error on a full disk is no OSError.
-    (folder / "router.safetensors").write_bytes(save(dict(snapshot.arrays)))
     meta = {
         "version": snapshot.version,
         "incarnation": snapshot.incarnation,
@@ -138,7 +136,16 @@ def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, conf
         "config": config.model_dump(mode="json"),
         **shape.describe(),
     }
-    (folder / "router.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_router(folder, snapshot.arrays, meta)
+
+
+def write_router(folder: Path, arrays: Arrays, meta: Mapping[str, Any]) -> None:
+    """Writes weights and then `router.json`, which makes them a router."""
+    weights, described = (folder / name for name in ROUTER_FILES)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not `save_file`, whose error on a full disk is no OSError.
+    weights.write_bytes(save(dict(arrays)))
+    described.write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def read_router(folder: Path) -> tuple[RouterSnapshot, dict[str, Any]]:
@@ -147,8 +154,8 @@ def read_router(folder: Path) -> tuple[RouterSnapshot, dict[str, Any]]:
     Raises:
         RouterError: naming the file that is missing or damaged.
     """
-    weights, described = folder / "router.safetensors", folder / "router.json"
-    for path in (described, weights):
+    weights, described = (folder / name for name in ROUTER_FILES)
+    for path in (described, weights):  # an interrupted export has no router.json
         if not path.is_file():
             raise RouterError(f"{folder} holds no router: {path.name} is missing")
     try:

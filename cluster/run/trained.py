@@ -12,9 +12,10 @@ import yaml
 from cluster.config import ConfigError, RunConfig, parse
 from cluster.run import checkpoint, hub
 from cluster.run.folder import RunFolder
-from experts.state import RouterShape, RouterSnapshot, read_router, refuse_others
+from experts.state import ROUTER_FILES, RouterShape, RouterSnapshot, read_router, refuse_others
 
-RECIPE, RESULTS = "recipe.yaml", "results.json"
+RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
+BUNDLE = (*ROUTER_FILES, RECIPE, RESULTS, CARD)
 
 
 class TrainedError(ValueError):
@@ -49,7 +50,7 @@ def open_trained(place: str | Path, step: int | None = None) -> Trained:
     Raises:
         ValueError: one line, when there is none, or it is damaged.
     """
-    folder = hub.folder_of(place)
+    folder = hub.folder_of(place, BUNDLE)
     if (folder / RECIPE).is_file():
         if step is not None:
             raise TrainedError(f"{place} is a bundle, which holds one router: leave out the step, or give its run")
@@ -77,7 +78,7 @@ def router_folder(place: str) -> Path:
         ConfigError: when there is none.
     """
     try:
-        folder = hub.folder_of(place)
+        folder = hub.folder_of(place, BUNDLE)
         if (folder / "config.yaml").is_file():
             steps = checkpoint.steps(folder / "checkpoints")
             if not steps:
