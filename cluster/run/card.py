@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _recipe(trained: Trained, results: Mapping[str, Any]) -> str:
     return (
         f"{trained.step} updates by {config.algorithm.kind.upper()} on {tasks}: {config.learner.groups} prompts an "
         f"update, {config.sampling.samples} samples a prompt, learning rate {config.learner.learning_rate:g}, seed "
-        f"{config.seed}{start}. `recipe.yaml` has every setting, `results.json` the figures and the versions of packages."
+        f"{config.seed}{start}. `recipe.yaml` has every setting, `results.json` the figures and the packages' versions."
     )
 
 
@@ -139,11 +139,11 @@ def _limits(results: Mapping[str, Any]) -> str:
     tasks = ", ".join(results["prompts"]) if results["prompts"] else "its training's tasks"
     return (
         "It belongs to exactly these experts, at these layers, and to this policy: with any other weights, tokenizer "
-        "or template it is refused. Experts and policy are not part of it and must be had separately, each under its own "
-        "license; where the table above names a folder, give your own in `recipe.yaml`. Nothing is known about prompts "
-        f"unlike {tasks}.\n"
+        "or template it is refused. Experts and policy are not part of it and must be had separately, each under its "
+        "own license; where the table above names a folder, give your own in `recipe.yaml`. Nothing is known about "
+        f"prompts unlike {tasks}.\n"
     )
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -83,8 +83,8 @@ def _explained(place: str) -> Iterator[None]:
         status = error.response.status_code
         login = ": log in with a token that may write: hf auth login" if status in (401, 403) else ""
         raise HubError(f"{place}: the hub answered with status {status}{login}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise HubError(f"{place}: the hub cannot be reached, and no copy is here ({said[:200]})") from error
-    except (errors.HFValidationError, errors.EntryNotFoundError) as error:
+    except (errors.HFValidationError, errors.RemoteEntryNotFoundError) as error:
         raise HubError(f"{place}: {' '.join(str(error).split())}") from error
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # an upload raises httpx's own
+        said = " ".join(str(error).split())[:200]
+        raise HubError(f"{place}: the hub cannot be reached, and there is no copy of it here ({said})") from error
