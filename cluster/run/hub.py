@@ -60,7 +60,7 @@ def push(folder: Path, repository: str, private: bool, files: Sequence[str]) -> 
     check_name(repository)
     api = HfApi(library_name="n-musketeers")
     with _explained(f"hub:{repository}"):
-        url = api.create_repo(repository, private=private, exist_ok=True)
+        url = api.create_repo(repository, private=private or None, exist_ok=True)
         message = f"Bundle of the run {folder.name}"
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(files), commit_message=message)
     return str(url)

@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             self.store.files.setdefault(name, {})
-            self.store.private[name] = bool(asked.get("private"))
+            self.store.private[name] = asked.get("visibility") == "private"
             return self._json({"url": f"{self.store.url}/{name}", "name": name})
         repository, action = "/".join(self.path.split("/")[3:5]), self.path.split("/")[5]
         if action == "preupload":
