@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from cluster.run.guarded import guarded
+from cluster.serve import commands
 
 if TYPE_CHECKING:
     from cluster.jobs.client import Jobs
@@ -43,7 +44,6 @@ Address = Annotated[
     str | None, typer.Option(help="The cluster, such as http://head:8265; RAY_ADDRESS by default.", show_default=False)
 ]
 JobName = Annotated[str, typer.Argument(help="A job's id, or a run's name for its newest job.", show_default=False)]
-Place = Annotated[str, typer.Argument(help="A run's folder, a bundle, or hub:USER/NAME.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/quickstart.", show_default=False)]
 
 
@@ -251,60 +251,6 @@ def ablate(run: RunPath, step: EvalStep = None, split: EvalSplit = "test", promp
 
 
 @app.command()
-def serve(
-    run: Place,
-    overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Where to listen; another host than loopback needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    name: Annotated[str | None, typer.Option(help="Of the model, for clients; the run's by default.")] = None,
-    step: EvalStep = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="A file with the key that clients must send; or set MUSKETEERS_API_KEY.")
-    ] = None,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to serve on, such as host:6379.")] = None,
-    max_policies: Annotated[int | None, typer.Option(help="Policy replicas that Serve may scale to.", min=1)] = None,
-    max_experts: Annotated[int | None, typer.Option(help="Replicas of each expert, likewise.", min=1)] = None,
-    expert_timeout: Annotated[float, typer.Option(help="Seconds after which to answer without an expert.")] = 5.0,
-) -> None:
-    """Serve a trained router with an OpenAI-compatible API on Ray Serve.  RUN: a run, a bundle, or hub:USER/NAME."""
-    from cluster.serve.serving import Options, serve_trained
-
-    options = Options(
-        host=host,
-        port=port,
-        name=name,
-        key_file=api_key_file,
-        address=address,
-        most_policies=max_policies,
-        most_experts=max_experts,
-        expert_timeout_s=expert_timeout,
-    )
-    serve_trained(run, step, overrides or [], options, console)
-
-
-@app.command()
-def generate(
-    run: Place,
-    prompts: Annotated[list[str], typer.Argument(help="Questions; - reads one a line.", show_default=False)],
-    step: EvalStep = None,
-    override: Annotated[list[str] | None, typer.Option("--set", help="key=value of the run's configuration.")] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also the policy without prefix, and each expert alone.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    samples: Annotated[int, typer.Option(help="Answers a question.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of sampling.", min=0)] = 0,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer; the run's own by default.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each question.")] = False,
-) -> None:
-    """Answer questions with a trained router: what it says, and which experts it listened to."""
-    from cluster.serve.showing import Wanted, answer_questions
-
-    wanted = Wanted(temperature, samples, seed, max_new_tokens, compare, as_json)
-    answer_questions(run, step, override or [], prompts, wanted, console)
-
-
-@app.command()
 def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step to recompute.", min=1)]) -> None:
     """Recompute a step's loss and gradient from its saved groups; exit status 1 when the logged norm is not met."""
     from cluster.run.afterwards import replay_step
@@ -459,6 +405,10 @@ def doctor(
         console.print(f"the recipe: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     raise typer.Exit(examine(settings, runs, zoo_root(), address, console))
+
+
+for command in (commands.generate, commands.serve, commands.export):
+    app.command()(command)
 
 
 def main() -> None:

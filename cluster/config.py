@@ -188,6 +188,7 @@ class RunConfig(BaseModel):
                 f"router.text.template: {{{unknown[0]}}} is neither {{prompt}} nor {{answers}} nor one of the experts "
                 f"{', '.join(names)}"
             )
+        self._check_new_experts(names)
         if self.algorithm.dynamic_sampling and (self.router.gate or self.router.kind == "top1"):
             raise ValueError(
                 "algorithm.dynamic_sampling drops the groups that tell a router's choices apart, right or wrong: "
@@ -199,6 +200,19 @@ class RunConfig(BaseModel):
                 f"pipeline.open_groups {limit} is less than learner.groups {self.learner.groups}: no update could form"
             )
         return self
+
+    def _check_new_experts(self, names: Sequence[str]) -> None:
+        new = self.router.add_expert
+        if strange := [name for name in new if name not in names]:
+            raise ValueError(f"router.add_expert: {strange[0]!r} is none of the experts {', '.join(names)}")
+        if new and len(new) == len(names):
+            raise ValueError(
+                "router.add_expert names every expert: those of the router of router.init must be there too"
+            )
+        if new and self.policy.lora is not None:
+            raise ValueError(
+                "router.add_expert trains what belongs to the new experts alone, and policy.lora an adapter: choose one"
+            )
 
     @property
     def trains(self) -> bool:

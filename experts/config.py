@@ -250,7 +250,10 @@ class RouterConfig(BaseModel):
     states: whose states the experts give for a prompt: its `own`, or, as controls, those of its `task` (always the same
         prompt of the task, which says which task it is and nothing else), or of another prompt with another answer, of
         the same task (`shuffled_within_task`) or of any (`shuffled`).
-    init: a folder with a saved router to start from.
+    init: a saved router to start from: a run's folder (its last checkpoint), a bundle, `hub:USER/NAME[@REVISION]`, or
+        a checkpoint's folder.
+    add_expert: names of experts that the router of `init` does not know.  Only what belongs to them trains (input
+        projection, mark, learned norm, gate reader); all else stays as it was saved.
     feedforward: hidden width of the feed-forward block, as a multiple of `width`.
     expert_dropout: chance that an expert is hidden from the router for a group, in training only;
         at least one expert always stays.
@@ -259,6 +262,7 @@ class RouterConfig(BaseModel):
     model_config = FROZEN
     kind: str = "perceiver"
     init: str | None = None
+    add_expert: tuple[str, ...] = ()
     width: int = Field(512, ge=1)
     latents: int = Field(8, ge=1)
     heads: int = Field(8, ge=1)
@@ -284,4 +288,28 @@ class RouterConfig(BaseModel):
         for key in ("gate", "null_expert"):
             if getattr(self, key) and self.kind in ("static", "none", "text"):
                 raise ValueError(f"router.{key} is for a router that reads states, not for kind: {self.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _adds_to_what_is_there(self) -> RouterConfig:
+        if not self.add_expert:
+            return self
+        if len(set(self.add_expert)) < len(self.add_expert):
+            raise ValueError(f"router.add_expert holds a name twice: {list(self.add_expert)}")
+        if not self.init:
+            raise ValueError("router.add_expert adds to a trained router: give router.init too")
+        if self.kind != "perceiver":
+            raise ValueError(
+                f"router.add_expert is for kind: perceiver: in a router of kind {self.kind} the other experts' "
+                "weights depend on how many there are, or are not known to belong to one"
+            )
+        if self.warm_start.steps:
+            raise ValueError(
+                "router.add_expert starts from the router of router.init, and router.warm_start would change all of "
+                "it: set router.warm_start.steps to 0"
+            )
+        if not self.calibration.prompts:
+            raise ValueError(
+                "router.add_expert looks at the experts' states before it starts: give router.calibration.prompts"
+            )
         return self

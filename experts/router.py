@@ -112,12 +112,15 @@ class Perceiver(nn.Module):
         repeated = None if anchors is None else anchors[torch.arange(config.latents) % len(anchors)].clone()
         self.register_buffer("anchors", repeated)
 
-    def calibrate(self, features: Sequence[Float[Tensor, "batch tokens width"]], ridge: float) -> None:
-        """Starts the input projections of a fresh router from the experts' states on some training prompts."""
-        for project, feature in zip(self.project, features, strict=True):
+    def calibrate(
+        self, features: Sequence[Float[Tensor, "batch tokens width"]], ridge: float, only: Sequence[int] | None = None
+    ) -> None:
+        """Starts fresh input projections, or only some, from the experts' states on some training prompts."""
+        for index, (project, feature) in enumerate(zip(self.project, features, strict=True)):
             assert isinstance(project, nn.Linear)
-            states = feature.flatten(0, 1)
-            whiten_input(project, states[states.ne(0).any(dim=-1)], ridge)
+            if only is None or index in only:
+                states = feature.flatten(0, 1)
+                whiten_input(project, states[states.ne(0).any(dim=-1)], ridge)
 
     @staticmethod
     def options(experts: int, config: RouterConfig) -> int:
@@ -142,31 +145,39 @@ class Perceiver(nn.Module):
             pick: takes (batch, options) log-probabilities to the (batch,) choice, for a router that has one; None
                 takes the most likely.
         """
-        states = [
-            project(norm(feature)) + self.expert_embedding[index] + self._places(feature)
-            for index, (norm, project, feature) in enumerate(zip(self.norms, self.project, features, strict=True))
-        ]
+        states = self.states(features)
         options = None
         if self.choose is not None:
             options = self._options(features, states, visible)
             visible = self.shown(visible, options.detach().argmax(dim=-1) if pick is None else pick(options.detach()))
         counts = [state.shape[1] for state in states]
-        shown = torch.cat([visible[:, i : i + 1] & _real(feature) for i, feature in enumerate(features)], dim=1)
+        shown = torch.cat([visible[:, i : i + 1] & real_states(feature) for i, feature in enumerate(features)], dim=1)
         if self.null is not None:
             states = [*states, self.null.expand(len(shown), 1, -1)]
             shown = torch.cat([shown, shown.new_ones(len(shown), 1)], dim=1)
         keys = torch.cat(states, dim=1)
-        batch, _, width = keys.shape
-        by_head = (self.heads, width // self.heads)
-        query = self.query(self.latents).unflatten(-1, by_head).transpose(-2, -3)  # the same for every prompt
-        key, value = (project(keys).unflatten(-1, by_head).transpose(-2, -3) for project in (self.key, self.value))
-        scores = query @ key.transpose(2, 3) / (width // self.heads) ** 0.5
-        attention = scores.masked_fill(~shown[:, None, None, :], float("-inf")).softmax(dim=-1)
-        mixed = (attention @ value).transpose(1, 2).reshape(batch, -1, width)
+        attention = self.scores(keys).masked_fill(~shown[:, None, None, :], float("-inf")).softmax(dim=-1)
+        mixed = (attention @ self.by_head(self.value(keys))).transpose(1, 2).flatten(2)
         prefix = self._prefix(self.latents + self.merge(mixed))
         of_experts = attention[..., : sum(counts)].split(counts, dim=-1)
         per_expert = torch.stack([part.sum(dim=-1) for part in of_experts], dim=-1)
         return RouterOutput(prefix, per_expert, options)
+
+    def states(self, features: Sequence[Float[Tensor, "batch tokens width"]]) -> list[Float[Tensor, "batch tokens w"]]:
+        """Every expert's states in the shared width, marked as its own."""
+        return [
+            project(norm(feature)) + self.expert_embedding[index] + self._places(feature)
+            for index, (norm, project, feature) in enumerate(zip(self.norms, self.project, features, strict=True))
+        ]
+
+    def scores(self, states: Float[Tensor, "batch keys width"]) -> Float[Tensor, "batch heads latents keys"]:
+        """How much every latent wants of every state, before the softmax."""
+        query = self.by_head(self.query(self.latents))  # the same for every prompt
+        return query @ self.by_head(self.key(states)).transpose(-2, -1) / query.shape[-1] ** 0.5
+
+    def by_head(self, rows: Float[Tensor, "*batch rows width"]) -> Float[Tensor, "*batch heads rows part"]:
+        """Each head's part of the shared width."""
+        return rows.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
     def _options(
         self, features: Sequence[Tensor], states: Sequence[Tensor], visible: Bool[Tensor, "batch experts"]
@@ -174,7 +185,7 @@ class Perceiver(nn.Module):
         """Log-probabilities, from the mean state of every expert that is visible."""
         means = []
         for index, (feature, state) in enumerate(zip(features, states, strict=True)):
-            real = (_real(feature) & visible[:, index : index + 1]).unsqueeze(-1).to(state.dtype)
+            real = (real_states(feature) & visible[:, index : index + 1]).unsqueeze(-1).to(state.dtype)
             means.append((state * real).sum(dim=1) / real.sum(dim=1).clamp_min(1))
         assert self.choose is not None
         return self._allowed(self.choose(means, visible), visible).log_softmax(dim=-1)
@@ -242,7 +253,7 @@ class StaticPrefix(Perceiver):
         for unused in ("norms", "project", "expert_embedding", "query", "key", "value", "merge", "null", "choose"):
             delattr(self, unused)
 
-    def calibrate(self, features: Sequence[Tensor], ridge: float) -> None:
+    def calibrate(self, features: Sequence[Tensor], ridge: float, only: Sequence[int] | None = None) -> None:
         """There is nothing that reads states."""
 
     def forward(
@@ -320,7 +331,7 @@ def router_class(kind: str) -> type[nn.Module]:
     return ROUTERS.get(kind) or load_plugin(kind, "router.kind")
 
 
-def _real(feature: Float[Tensor, "batch tokens width"]) -> Bool[Tensor, "batch tokens"]:
+def real_states(feature: Float[Tensor, "batch tokens width"]) -> Bool[Tensor, "batch tokens"]:
     """Which states are no padding; a prompt always has one."""
     if feature.shape[1] == 1:
         return torch.ones(feature.shape[:2], dtype=torch.bool, device=feature.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from experts.loading import FrozenModel
 from experts.router import router_class
 
 Arrays = dict[str, np.ndarray]
+ROUTER_FILES = ("router.safetensors", "router.json")
 
 
 class RouterError(ValueError):
@@ -45,6 +46,17 @@ class RouterShape:
     policy_fingerprint: str
     embedding_rms: float
     norms: tuple[str, ...] = ()
+
+    def of(self, names: Sequence[str]) -> RouterShape:
+        """The same with only these experts, in this order."""
+        at = [self.experts.index(name) for name in names]
+
+        def chosen(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[index] for index in at) if values else ()
+
+        experts, widths, layers = chosen(self.experts), chosen(self.widths), chosen(self.layers)
+        prints, norms = chosen(self.expert_fingerprints), chosen(self.norms)
+        return replace(self, experts=experts, widths=widths, layers=layers, expert_fingerprints=prints, norms=norms)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -117,9 +129,6 @@ def put_arrays(router: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 
 def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, config: RouterConfig) -> None:
     """Writes `router.safetensors` and `router.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not `save_file`, whose error on a full disk is no OSError.
-    (folder / "router.safetensors").write_bytes(save(dict(snapshot.arrays)))
     meta = {
         "version": snapshot.version,
         "incarnation": snapshot.incarnation,
@@ -127,7 +136,16 @@ def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, conf
         "config": config.model_dump(mode="json"),
         **shape.describe(),
     }
-    (folder / "router.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_router(folder, snapshot.arrays, meta)
+
+
+def write_router(folder: Path, arrays: Arrays, meta: Mapping[str, Any]) -> None:
+    """Writes weights and then `router.json`, which makes them a router."""
+    weights, described = (folder / name for name in ROUTER_FILES)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not `save_file`, whose error on a full disk is no OSError.
+    weights.write_bytes(save(dict(arrays)))
+    described.write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def read_router(folder: Path) -> tuple[RouterSnapshot, dict[str, Any]]:
@@ -136,8 +154,8 @@ def read_router(folder: Path) -> tuple[RouterSnapshot, dict[str, Any]]:
     Raises:
         RouterError: naming the file that is missing or damaged.
     """
-    weights, described = folder / "router.safetensors", folder / "router.json"
-    for path in (described, weights):
+    weights, described = (folder / name for name in ROUTER_FILES)
+    for path in (described, weights):  # an interrupted export has no router.json
         if not path.is_file():
             raise RouterError(f"{folder} holds no router: {path.name} is missing")
     try:
@@ -182,6 +200,8 @@ def fitted(saved: Arrays, fresh: Arrays, where: str) -> Arrays:
             raise RouterError(f"router {where}: {name} is {saved[name].shape} there and {array.shape} here")
         if name not in saved and not name.startswith(ADAPTER):
             raise RouterError(f"router {where}: it has no {name}")
+    if unknown := [name for name in saved if name not in fresh and not name.startswith(ADAPTER)]:
+        raise RouterError(f"router {where}: it has a {unknown[0]}, and a router of these settings has none")
     return {name: saved.get(name, array) for name, array in fresh.items()}
 
 

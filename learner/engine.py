@@ -88,11 +88,13 @@ def free_port() -> int:
 
 def trains(router: nn.Module) -> bool:
     """Whether there is anything to train."""
-    return next(router.parameters(), None) is not None
+    return any(parameter.requires_grad for parameter in router.parameters())
 
 
 class RouterEngine:
     """DeepSpeed around the router: ZeRO 0 to 2, float32, AdamW, gradient clipping.
+
+    Parameters that need no gradient stand still: the optimizer does not hold them, nor does a state its moments.
 
     total_steps: of the whole run, which the learning rate's schedule needs.
     """
@@ -104,9 +106,8 @@ class RouterEngine:
         logger.setLevel("WARNING")
         self.config, self.total_steps = config, total_steps
         self._steps = 0
-        self.engine, *_ = deepspeed.initialize(
-            model=router, model_parameters=list(router.parameters()), config=self._settings()
-        )
+        trained = [parameter for parameter in router.parameters() if parameter.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=router, model_parameters=trained, config=self._settings())
         self.world = torch.distributed.get_world_size()
 
     def _settings(self) -> dict[str, Any]:
@@ -138,6 +139,10 @@ class RouterEngine:
         """The router's forward, through the engine."""
         return self.engine(*inputs)
 
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters with their names, without those that stand still."""
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
     def backward(self, prefix: Tensor, gradient: Tensor, more: Tensor | None = None) -> None:
         """Carries d loss / d prefix through the router; afterwards gradients are summed over ranks.
 
@@ -154,7 +159,7 @@ class RouterEngine:
         """Raw gradients before clipping, between backward and step (for tests and replay)."""
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: _array(safe_get_full_grad(p)) for name, p in self.module.named_parameters()}
+        return {name: _array(safe_get_full_grad(p)) for name, p in self._trained()}
 
     def step(self) -> float:
         """One optimizer step; returns the gradient's norm before clipping."""
@@ -178,7 +183,7 @@ class RouterEngine:
         """Gathered from all ranks (every rank must call)."""
         moments: dict[str, Arrays] = {key: {} for key in STATE_KEYS}
         if self._steps:
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._trained():
                 for key in STATE_KEYS:
                     moments[key][name] = _array(self._get_state(parameter, key))
         return OptimizerState(self._steps, moments)
@@ -191,6 +196,7 @@ class RouterEngine:
         self._materialise_state()
         for name, parameter in self.module.named_parameters():
             self._set_weight(parameter, _tensor(arrays[name], parameter))
+        for name, parameter in self._trained():
             for key in STATE_KEYS:
                 moment = state.moments[key][name] if state.steps else np.zeros(parameter.shape, np.float32)
                 self._set_state(parameter, key, _tensor(moment, parameter))
@@ -201,7 +207,7 @@ class RouterEngine:
         """Adam's state exists after a first step only: take one that changes nothing."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
-        zero = sum((p * 0.0).sum() for p in self.module.parameters())
+        zero = sum((p * 0.0).sum() for _, p in self._trained())
         self.engine.backward(zero)
         self.engine.step()
 
@@ -231,7 +237,7 @@ class RouterEngine:
     def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         with torch.no_grad():
             parameter.copy_(value)
-        if self.config.zero_stage:
+        if self.config.zero_stage and parameter.requires_grad:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value)

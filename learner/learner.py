@@ -18,9 +18,10 @@ from torch import Tensor
 from experts.adapter import MARK, Adapter, LoraConfig, adapter_arrays, by_name
 from experts.config import RouterConfig
 from experts.expert import Encoded, whole
+from experts.joining import settle, train_only
 from experts.loading import load_frozen, weights_sha256
 from experts.prefix import sketch
-from experts.router import chooses
+from experts.router import Perceiver, chooses
 from experts.state import (
     Arrays,
     RouterShape,
@@ -100,9 +101,12 @@ class LearnerRank:
         init_ranks(place)
         device = "cuda" if spec.learner.gpus and torch.cuda.is_available() else "cpu"
         self.spec, self.place = spec, place
+        self.new_experts = [spec.shape.experts.index(name) for name in spec.router.add_expert]
         self.tolerance = max(SKETCH_TOLERANCE[dtype] for dtype in spec.experts_dtypes)
         self.policy = load_frozen(spec.policy_path, spec.policy_dtype, device, "policy", lora=spec.lora, seed=spec.seed)
         router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device)
+        if self.new_experts:
+            train_only(router, self.new_experts)
         self.old_router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device).requires_grad_(False)
         self.engine = RouterEngine(router, spec.learner, spec.steps) if trains(router) else Untrained(router)
         self.gradient = PrefixGradient(
@@ -131,7 +135,7 @@ class LearnerRank:
         return weights_sha256(self.policy.model)
 
     def trainable(self) -> dict[str, Any]:
-        """What the optimizer holds, for the proof that only the router trains."""
+        """What the optimizer holds, for the proof that only the router trains, or what is new of it."""
         optimised = sum(p.numel() for p in self.engine.optimised())
         own = [(name, p) for name, p in self.policy.model.named_parameters() if MARK not in name]
         grads = [name for name, p in own if p.requires_grad or p.grad is not None]
@@ -173,6 +177,15 @@ class LearnerRank:
         router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
         if calibrate := getattr(router, "calibrate", None):
             calibrate(stack_features([e.features for e in whole(features)]), self.spec.router.calibration.ridge)
+        return take_arrays(router)
+
+    def add_experts(self, arrays: Arrays, *features: Encoded) -> Arrays:
+        """What a router with these weights becomes when its new experts' are fitted to it, see `experts.joining`."""
+        router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
+        put_arrays(router, arrays)
+        assert isinstance(router, Perceiver)
+        stacked = stack_features([e.features for e in whole(features)])
+        settle(router, stacked, self.new_experts, self.spec.router.calibration.ridge)
         return take_arrays(router)
 
     def warm_start(self, arrays: Arrays, texts: Sequence[str], *features: Encoded) -> tuple[Arrays, float, float]:

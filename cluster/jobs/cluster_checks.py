@@ -106,7 +106,7 @@ def _place(key: str, place: str, nodes: Sequence[Mapping[str, Any]]) -> Check:
 
 def config_checks(config: RunConfig) -> list[Check]:
     """Whether the models of a configuration are there."""
-    from cluster.run.preflight import check_models, model_path
+    from cluster.run.preflight import check_models, check_start, model_path
     from cluster.zoo import paths as zoo
     from cluster.zoo.recipe import load_recipe
 
@@ -123,6 +123,7 @@ def config_checks(config: RunConfig) -> list[Check]:
     if all(check.ok and "builds it" not in check.detail for check in checks):
         try:
             check_models(config)
+            check_start(config)
         except ValueError as error:
             checks.append(Check("configuration", False, str(error), "see its key"))
     return checks

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError, RunConfig
+from cluster.run import hub
 from cluster.run.asked import answer_tokens
+from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
 from cluster.zoo import paths as zoo
 from experts.config import EngineConfig, ExpertConfig
@@ -44,10 +46,8 @@ def check_names(config: RunConfig) -> None:
     router_class(config.router.kind)
     if config.algorithm.kind not in ALGORITHMS:
         load_plugin(config.algorithm.kind, "algorithm.kind")
-    if config.router.init and not (Path(config.router.init) / "router.json").is_file():
-        raise ConfigError(
-            f"router.init: {config.router.init!r} holds no router.json: give a folder with a saved router"
-        )
+    if config.router.init and not hub.is_on_hub(config.router.init):  # nothing is downloaded for a plan
+        _check_experts(config, router_folder(config.router.init))
     for reference in config.models().values():
         if zoo.is_zoo(reference):
             zoo.worlds_named_by([reference])
@@ -77,8 +77,31 @@ def check_models(config: RunConfig) -> None:
             _check_expert(key, engine, model, config)
     if config.data.max_prompt_tokens is not None:
         _check_policy_length(config, described["policy.model"], "data.max_prompt_tokens", config.data.max_prompt_tokens)
+
+
+def check_start(config: RunConfig) -> None:
+    """Refuses a saved router that cannot serve these models.  The zoo must be built; of the hub, it is downloaded.
+
+    Raises:
+        ConfigError: one line, naming the key.
+    """
     if config.router.init:
-        _check_widths(config, described)
+        folder = router_folder(config.router.init)
+        _check_experts(config, folder)
+        _check_widths(config, folder, model_facts(config))
+
+
+def _check_experts(config: RunConfig, folder: Path) -> None:
+    """With `router.add_expert`, the others must be those that the saved router knows."""
+    new, saved = config.router.add_expert, saved_experts(folder)
+    if known := [name for name in new if name in saved]:
+        raise ConfigError(f"router.add_expert: {config.router.init} knows expert {known[0]!r} already: leave it out")
+    others = [expert.name for expert in config.experts if expert.name not in new]
+    if new and sorted(others) != sorted(saved):
+        raise ConfigError(
+            f"router.add_expert: {config.router.init} belongs to experts {saved}, and without the new ones this run "
+            f"has {others}: name the same ones, and every other in router.add_expert"
+        )
 
 
 def _check_quantized(key: str, config: EngineConfig, model: Mapping[str, Any]) -> None:
@@ -160,21 +183,25 @@ def _check_vllm(key: str, config: EngineConfig, model: Mapping[str, Any]) -> Non
         )
 
 
-def _check_widths(config: RunConfig, models: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_widths(config: RunConfig, folder: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
     """A saved router must be as wide as the models it shall serve."""
-    saved = json.loads((Path(str(config.router.init)) / "router.json").read_text())
+    saved = json.loads((folder / "router.json").read_text())
     width = models["policy.model"]["hidden_size"]
     if saved["policy"]["width"] != width:
         raise ConfigError(
             f"router.init: {config.router.init} makes prefixes of width {saved['policy']['width']}, and "
             f"policy.model {config.policy.model} is {width} wide"
         )
-    for index, (expert, was) in enumerate(zip(config.experts, saved["experts"], strict=False)):
+    reading = [(i, expert) for i, expert in enumerate(config.experts) if expert.name not in config.router.add_expert]
+    if config.router.add_expert:  # names decide; without it their order must be the same
+        order = saved_experts(folder)
+        reading.sort(key=lambda item: order.index(item[1].name))
+    for (index, expert), was in zip(reading, saved["experts"], strict=False):
         width = models[f"experts.{index}.model"]["hidden_size"]
         if was["width"] != width:
             raise ConfigError(
-                f"router.init: {config.router.init} reads states of width {was['width']} from expert {index}, and "
-                f"experts.{index}.model {expert.model} is {width} wide"
+                f"router.init: {config.router.init} reads states of width {was['width']} from expert {was['name']}, "
+                f"and experts.{index}.model {expert.model} is {width} wide"
             )
 
 
@@ -227,7 +254,8 @@ class PlanRow:
 
 def plan_rows(config: RunConfig) -> list[PlanRow]:
     """The plan of workers."""
-    p, c = config.policy, config.learner
+    p, c, new = config.policy, config.learner, config.router.add_expert
+    trained = f"router, of which only {', '.join(new)} trains" if new else "router"
     experts = [
         PlanRow(f"Expert({e.name})", e.replicas, e.model, str(e.threads or "shared"), e.cpus, e.gpus)
         for e in config.experts
@@ -237,6 +265,11 @@ def plan_rows(config: RunConfig) -> list[PlanRow]:
         PlanRow("Rollout", p.workers, p.model, str(p.threads or "shared"), p.cpus, p.gpus),
         PlanRow("Reward", config.rewards.workers, "verifiers", "1", 0, 0),
         PlanRow(
-            "Learner", c.ranks, f"{p.model} + router (ZeRO {c.zero_stage})", str(c.threads or "shared"), c.cpus, c.gpus
+            "Learner",
+            c.ranks,
+            f"{p.model} + {trained} (ZeRO {c.zero_stage})",
+            str(c.threads or "shared"),
+            c.cpus,
+            c.gpus,
         ),
     ]

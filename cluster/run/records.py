@@ -18,6 +18,7 @@ from cluster.watch import logs
 from cluster.watch.board import Board
 from cluster.watch.live import Watch
 from cluster.watch.tables import print_results
+from experts.joining import is_of
 from experts.state import RouterShape
 from learner.learner import LearnerState
 from rollout.types import Group
@@ -143,7 +144,8 @@ class Records:
             self._board.close()
         self.close()
         verdict = print_results(console, after, before=before, attention=attention_by_task(attention))
-        router = started.shape
+        router, arrays = started.shape, _last_router(self.folder)
+        new = [router.experts.index(name) for name in self.config.router.add_expert]
         self.folder.write_summary(
             {
                 "run": self.config.run,
@@ -153,7 +155,8 @@ class Records:
                 "train_wall_s": driver.elapsed_s,
                 "samples": driver.samples,
                 **driver.recovery.summary(),
-                "router_parameters": sum(a.size for a in _last_router(self.folder).values()),
+                "router_parameters": sum(a.size for a in arrays.values()),
+                "router_parameters_trained": sum(a.size for n, a in arrays.items() if not new or is_of(n, new)),
                 "experts": list(router.experts),
                 "frozen": frozen,
                 "eval": summary_of(after),

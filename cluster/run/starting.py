@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.run.asked import answer_tokens
+from cluster.run.fleet import Reference
 from cluster.run.start import Started
+from cluster.run.trained import router_folder, saved_experts
 from experts.expert import Encoded, whole
+from experts.joining import with_newcomers
 from experts.state import Arrays, fitted, load_router
 from rewards.stream import PromptStream
 from rollout.text import in_front
@@ -19,9 +20,7 @@ async def start_router(config: RunConfig, started: Started, stream: PromptStream
     """Gives every rank the weights that training starts from."""
     fleet, router = started.fleet, config.router
     if router.init:
-        saved = load_router(Path(router.init), started.shape, router)
-        fresh = await fleet.get(fleet.learners[0].call("snapshot"), "the router")
-        arrays: Arrays | None = fitted(saved.arrays, fresh.arrays, router.init)
+        arrays: Arrays | None = await _saved(config, started, stream, console)
     else:
         arrays = None
         if router.calibration.prompts and fleet.asked.what == "states":
@@ -39,10 +38,35 @@ async def start_router(config: RunConfig, started: Started, stream: PromptStream
         await fleet.get_all([rank.call("start_from", arrays) for rank in fleet.learners], "starting the router")
 
 
+async def _saved(config: RunConfig, started: Started, stream: PromptStream, console: Console) -> Arrays:
+    """The weights of `router.init`, with those of new experts beside them."""
+    fleet, router, shape = started.fleet, config.router, started.shape
+    assert router.init is not None
+    folder = router_folder(router.init)
+    fresh = (await fleet.get(fleet.learners[0].call("snapshot"), "the router")).arrays
+    if not router.add_expert:
+        return fitted(load_router(folder, shape, router).arrays, fresh, router.init)
+    names = saved_experts(folder)
+    saved = load_router(folder, shape.of(names), router)
+    places = [shape.experts.index(name) for name in names]
+    new = [shape.experts.index(name) for name in router.add_expert]
+    arrays = with_newcomers(saved.arrays, fresh, places, new, router.init)
+    with console.status(f"looking at the states of {', '.join(router.add_expert)}"):
+        made: Arrays = await fleet.get(
+            fleet.learners[0].call("add_experts", arrays, *_encoded(config, started, stream)), "joining"
+        )
+    return made
+
+
+def _encoded(config: RunConfig, started: Started, stream: PromptStream) -> list[Reference]:
+    """The experts' states on the prompts that projections are calibrated with."""
+    prompts = [stream.prompt(ordinal) for ordinal in range(config.router.calibration.prompts)]
+    return [stage.reference for stage in started.fleet.encode(prompts)]
+
+
 async def _calibrated(config: RunConfig, started: Started, stream: PromptStream) -> Arrays:
     fleet = started.fleet
-    prompts = [stream.prompt(ordinal) for ordinal in range(config.router.calibration.prompts)]
-    encoded = [stage.reference for stage in fleet.encode(prompts)]
+    encoded = _encoded(config, started, stream)
     made: Arrays = await fleet.get(fleet.learners[0].call("calibrate", *encoded), "calibrating")
     return made
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from cluster.config import RunConfig, parse
+from cluster.config import ConfigError, RunConfig, parse
 from cluster.run import checkpoint, hub
 from cluster.run.folder import RunFolder
-from experts.state import RouterShape, RouterSnapshot, read_router, refuse_others
+from experts.state import ROUTER_FILES, RouterShape, RouterSnapshot, read_router, refuse_others
 
-RECIPE, RESULTS = "recipe.yaml", "results.json"
+RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
+BUNDLE = (*ROUTER_FILES, RECIPE, RESULTS, CARD)
 
 
 class TrainedError(ValueError):
@@ -49,7 +50,7 @@ def open_trained(place: str | Path, step: int | None = None) -> Trained:
     Raises:
         ValueError: one line, when there is none, or it is damaged.
     """
-    folder = hub.folder_of(place)
+    folder = hub.folder_of(place, BUNDLE)
     if (folder / RECIPE).is_file():
         if step is not None:
             raise TrainedError(f"{place} is a bundle, which holds one router: leave out the step, or give its run")
@@ -68,6 +69,33 @@ def check_belongs(trained: Trained, shape: RouterShape) -> None:
         RouterError: naming what differs.
     """
     refuse_others(trained.place, trained.meta, shape)
+
+
+def router_folder(place: str) -> Path:
+    """Where the router of `router.init` lies: of a run's folder, in its last checkpoint.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    try:
+        folder = hub.folder_of(place, BUNDLE)
+        if (folder / "config.yaml").is_file():
+            steps = checkpoint.steps(folder / "checkpoints")
+            if not steps:
+                raise TrainedError(f"the run {place} has no checkpoint yet")
+            folder = checkpoint.place(folder / "checkpoints", steps[-1])
+        if not (folder / "router.json").is_file():
+            raise TrainedError(
+                f"{place!r} holds no router.json: give a run's folder, a bundle, or a checkpoint's folder"
+            )
+    except (TrainedError, hub.HubError) as error:
+        raise ConfigError(f"router.init: {error}") from error
+    return folder
+
+
+def saved_experts(folder: Path) -> list[str]:
+    """Names of the experts that a saved router reads, in its order."""
+    return [expert["name"] for expert in json.loads((folder / "router.json").read_text())["experts"]]
 
 
 def _of_run(path: Path, step: int | None) -> Trained:
@@ -91,4 +119,4 @@ def _of_bundle(path: Path) -> Trained:
 
 
 def _without_start(config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"router": config.router.model_copy(update={"init": None})})
+    return config.model_copy(update={"router": config.router.model_copy(update={"init": None, "add_expert": ()})})

@@ -9,7 +9,7 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.run import checkpoint
 from cluster.run.folder import RunFolder
-from cluster.run.preflight import check_models, check_names, check_prompts
+from cluster.run.preflight import check_models, check_names, check_prompts, check_start
 from cluster.run.session import Session
 from cluster.zoo import paths
 from rewards.sources import build_tasks
@@ -39,6 +39,8 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         for world in sorted(paths.worlds_named_by(config.models().values())):
             paths.ensure(world)
         check_models(config)
+        if not resume:
+            check_start(config)
         tasks = check_prompts(config, tasks, lambda note: console.print(note, highlight=False))
         folder.prepare(config, overwrite)
         try:
