@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
 from pathlib import Path
 
+import pytest
+import typer
+
+from cluster import cli
+from cluster.config import load
+from tests.hub_models import HUB_MODELS
+
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:
@@ -14,12 +24,51 @@ def test_the_configuration_reference_is_up_to_date() -> None:
     assert written == made, "run: python scripts/config_reference.py"
 
 
-def test_the_readme_names_only_files_that_exist() -> None:
-    import re
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_links_only_to_files_and_sections_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, section = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not section or section in sections(target), link
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if not link.startswith("http")]
-    assert links and all((ROOT / link).exists() for link in links), links
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_names_only_recipes_that_exist(page: str) -> None:
+    named = set(re.findall(r"configs/[\w./-]+\.yaml", (ROOT / page).read_text(encoding="utf-8")))
+    assert not [recipe for recipe in sorted(named) if not (ROOT / recipe).is_file()]
+
+
+def sections(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_sizes_of_hub_models_are_what_their_shapes_make() -> None:
+    text = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith(tuple(f"| `{name}` |" for name in HUB_MODELS))]
+    for row, model in zip(rows, HUB_MODELS.values(), strict=True):
+        assert row.startswith(model.row()), model.name
+
+
+def test_the_walk_through_s_commands_are_read_as_written() -> None:
+    """What they do was tried by hand, with tiny models: whole runs are tested elsewhere."""
+    text = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- walk-through: start -->")[2].partition("<!-- walk-through: end -->")[0]
+    commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("musketeers ")]
+    known = set(typer.main.get_command(cli.app).commands)
+    assert len(commands) >= 8 and {command[1] for command in commands} <= known
+    for command in commands:
+        settings = [word for word in command if word.partition("=")[1]]
+        if command[1] == "train":
+            config = load(ROOT / command[2], settings)
+            assert all(model.startswith("zoo/composed/") for model in config.models().values())
+        else:
+            assert not settings
 
 
 def test_the_dashboard_and_the_alerts_are_up_to_date() -> None:
