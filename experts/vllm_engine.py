@@ -124,7 +124,7 @@ class VllmEngine:
         self.path, self.pooling, self.dead = path, pooling, False
         self._on_death, self._numbers, self._closing = on_death, itertools.count(), False
         self._adapter_rank, self._adapter_ids = adapter_rank, dict[Path, int]()
-        self.under_way = 0  # streams
+        self.under_way, self.streamed = 0, 0  # streams, and tokens sampled for them so far
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -274,6 +274,7 @@ class VllmEngine:
         async def listen() -> None:
             asked = self._engine.generate({"prompt_embeds": prompt}, sampling, number, lora_request=lora)
             async for output in asked:
+                self.streamed += sum(len(made.token_ids) for made in output.outputs)
                 here.call_soon_threadsafe(news.put_nowait, output.outputs)
 
         def ended(task: Any) -> None:

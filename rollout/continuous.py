@@ -92,6 +92,7 @@ class ContinuousBatch:
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self.sampled = 0  # tokens so far
         self._rows: list[_Row] = []
         self._cache: Any = None
         self._mask: Tensor = torch.zeros(0, 0, dtype=torch.long)
@@ -164,6 +165,7 @@ class ContinuousBatch:
             [row.draws.random() for row in self._rows],
         )
         going = []
+        self.sampled += len(self._rows)
         for index, (row, token, logprob) in enumerate(zip(self._rows, chosen.tolist(), logprobs.tolist(), strict=True)):
             row.left -= 1
             finish = (

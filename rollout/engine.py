@@ -74,7 +74,12 @@ class PolicyEngine(Protocol):
 
     @property
     def under_way(self) -> int:
-        """Streams that are being made."""
+        """Samples, or requests, of streams that are being made."""
+        ...
+
+    @property
+    def streamed(self) -> int:
+        """Tokens sampled for streams so far."""
         ...
 
     def sha256(self) -> str:
@@ -190,6 +195,11 @@ class TransformersEngine:
     def under_way(self) -> int:
         """See `PolicyEngine.under_way`."""
         return 0 if self._streams is None else self._streams.under_way
+
+    @property
+    def streamed(self) -> int:
+        """See `PolicyEngine.streamed`."""
+        return 0 if self._streams is None else self._streams.sampled
 
     def sha256(self) -> str:
         """See `PolicyEngine.sha256`."""

@@ -105,6 +105,11 @@ class VllmPolicyEngine:
         """See `PolicyEngine.under_way`."""
         return self.engine.under_way
 
+    @property
+    def streamed(self) -> int:
+        """See `PolicyEngine.streamed`."""
+        return self.engine.streamed
+
     def embeddings(
         self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None
     ) -> list[Tensor]:

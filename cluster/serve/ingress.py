@@ -119,10 +119,10 @@ class Server:
         """Whether the policy answers, and which experts do."""
         try:
             async with asyncio.timeout(HEALTH_S):
-                under_way = await self.policy.under_way.remote()
+                under_way, sampled = await self.policy.load.remote()
         except (*LOST, TimeoutError):
             return {"status": "the policy does not answer", "experts": self.panel.states}
-        return {"status": "ok", "experts": self.panel.states, "under_way": under_way}
+        return {"status": "ok", "experts": self.panel.states, "under_way": under_way, "sampled_tokens": sampled}
 
     def model(self) -> dict[str, Any]:
         """The one there is, for `/v1/models`."""

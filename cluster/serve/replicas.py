@@ -125,9 +125,9 @@ class PolicyReplica:
         """Answers once it is built."""
         return True
 
-    def under_way(self) -> int:
-        """Requests and samples that the engine works on."""
-        return self._answerer.engine.under_way
+    def load(self) -> tuple[int, int]:
+        """Samples (with vLLM: requests) that the engine works on, and tokens that it has sampled so far."""
+        return self._answerer.engine.under_way, self._answerer.engine.streamed
 
     async def answer(
         self,

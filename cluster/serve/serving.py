@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.config import ConfigError
 from cluster.run.asked import answer_tokens
 from cluster.run.recipe import Recipe
 from cluster.run.start import expert_recipes, rollout_recipes
@@ -63,6 +65,7 @@ def serve_trained(place: str, step: int | None, overrides: Sequence[str], option
         ServeError: when it cannot start.
     """
     key = api_key(options.key_file, options.host)
+    _check_free(options.host, options.port)
     opened = ready(place, step, overrides)
     os.environ[DIGEST] = digest(key)
     os.environ[PROXY_CALLBACK] = "cluster.serve.keys.proxy_middlewares"
@@ -82,6 +85,17 @@ def serve_trained(place: str, step: int | None, overrides: Sequence[str], option
         console.print("stopping", highlight=False)
         _stop(cluster.started)
         leave_cluster()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuses an address where nothing can listen, before models load."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host}: nothing can listen on port {port} ({error.strerror}): give another --port"
+        ) from None
 
 
 def start(opened: Ready, options: Options, key: str | None, stopped: threading.Event) -> None:
