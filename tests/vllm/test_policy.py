@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from experts.loading import load_frozen
 from experts.vllm_engine import EngineDiedError
 from learner.logprobs import completion_logprobs
+from rollout.continuous import Decoding, Piece
 from rollout.engine import Request, TransformersEngine
 from rollout.sequence import lay_out_completions, lay_out_prompts
 from rollout.types import Completion, FinishReason, Sampling
@@ -89,6 +91,50 @@ def test_greedy_answers_are_those_of_transformers(world: World) -> None:
     assert said(ours) == said(theirs)
     assert [[c.text for c in group] for group in ours] == [[c.text for c in group] for group in theirs]
     assert [[c.finish for c in group] for group in ours] == [[c.finish for c in group] for group in theirs]
+
+
+async def streamed(world: World, tokens: list[int], prefix: torch.Tensor, how: Decoding) -> list[Piece]:
+    """All pieces of one request."""
+    return [piece async for piece in engine_of(world).stream(tokens, prefix, how)]
+
+
+def test_streams_say_what_batches_say_and_samples_come_each_with_its_number(world: World) -> None:
+    prefix = torch.randn(3, SLOTS, world.shape.policy_width, generator=torch.Generator().manual_seed(2)) * 0.3
+    greedy = Decoding(temperature=0.0, max_new_tokens=6)
+    asked = ([5, 9, 4], [7] * 30, [4, 4])
+
+    async def everyone() -> list[list[Piece]]:
+        return await asyncio.gather(*(streamed(world, t, p, greedy) for t, p in zip(asked, prefix, strict=True)))
+
+    found = asyncio.run(everyone())
+    for pieces, (whole,) in zip(found, ask(world, prefix, 0.0), strict=True):
+        assert [t for piece in pieces for t in piece.tokens] == whole.tokens.tolist()
+        assert [p for piece in pieces for p in piece.logprobs] == pytest.approx(whole.logprobs.tolist(), abs=TOLERANCE)
+        assert [piece.finish for piece in pieces if piece.finish] == [whole.finish]
+    several = Decoding(temperature=1.0, max_new_tokens=6, samples=4, seed=1)
+    pieces = asyncio.run(streamed(world, [5, 9, 4], prefix[0], several))
+    texts = [[t for piece in pieces if piece.sample == sample for t in piece.tokens] for sample in range(4)]
+    assert all(texts) and len({tuple(text) for text in texts}) > 1
+
+
+def test_who_leaves_a_stream_ends_the_engines_request(world: World) -> None:
+    engine = engine_of(world)
+    prefix = torch.zeros(SLOTS, world.shape.policy_width)
+    how = Decoding(temperature=1.0, max_new_tokens=100, samples=8)
+
+    async def leave() -> None:
+        stream = engine.stream([5, 9, 4], prefix, how)
+        await anext(stream)
+        inside = engine.engine._engine.output_processor
+        assert engine.under_way == 1 and inside.get_num_unfinished_requests() > 0
+        before = engine.streamed
+        await stream.aclose()
+        async with asyncio.timeout(20):
+            while inside.get_num_unfinished_requests():
+                await asyncio.sleep(0.01)
+        assert engine.under_way == 0 and engine.streamed - before < 8 * 100
+
+    asyncio.run(leave())
 
 
 def test_another_prefix_before_the_same_text_changes_the_answers_and_the_same_one_does_not(world: World) -> None:
