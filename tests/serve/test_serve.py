@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from cluster.run import afterwards, checkpoint
 from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator
 from cluster.serve.local import Musketeers
+from rollout.types import Rollout
 from tests.e2e.conftest import ROOT, Runs
 from tests.e2e.conftest import models as models
 
@@ -118,27 +118,28 @@ def client(server: Server) -> openai.OpenAI:
 def test_greedy_answers_are_those_of_the_evaluation(client, server, run) -> None:
     config, folder, tasks, started = afterwards._open(run)
 
-    async def evaluated() -> list[tuple[list[dict[str, str]], str]]:
+    worker, rollouts = started.fleet.rollouts[0].worker, list[Rollout]()  # type: ignore[attr-defined]
+    generate = worker.generate
+
+    def noted(*arguments: Any, **settings: Any) -> Rollout:
+        rollouts.append(generate(*arguments, **settings))
+        return rollouts[-1]
+
+    worker.generate = noted
+
+    async def evaluated() -> list[tuple[list[Any], str]]:
         known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
         evaluator = Evaluator(config, started.fleet, tasks, known)
         router = checkpoint.read(folder.checkpoints, None).learner.snapshot
-        answered = await evaluator.answered(evaluator.prompts("test", PROMPTS), router, started.fleet.encode)
-        groups = [group for report in answered.reports for group in report.groups]
+        await evaluator.router(evaluator.prompts("test", PROMPTS), router)
+        groups = [group for rollout in rollouts for group in rollout.groups]
         assert len(groups) == PROMPTS
-        asked = evaluator.prompts("test", PROMPTS)
-        rollouts = started.fleet.rollouts[0].worker.generate(
-            asked,
-            groups[0].sampling,
-            router,
-            *(stage.reference for stage in started.fleet.encode(asked)),
-            training=False,
-        )
-        return [(list(g.prompt.messages), g.completions[0].text) for g in rollouts.groups]
+        return [(list(group.prompt.messages), group.completions[0].text) for group in groups]
 
     wanted = asyncio.run(evaluated())
     started.fleet.close()
 
-    def ask(messages: list[dict[str, str]]) -> str:
+    def ask(messages: list[Any]) -> str:
         made = client.chat.completions.create(model="tiny", messages=messages, temperature=0)  # type: ignore[arg-type]
         return made.choices[0].message.content or ""
 
@@ -255,7 +256,8 @@ def test_an_expert_killed_under_load_costs_no_request(client, server) -> None:
     assert rounds > masked > 0
     made = client.completions.create(model="tiny", prompt="5", temperature=0)
     assert made.model_extra["musketeers"]["masked"] == {}
-    assert re.search(r"application is RUNNING", server.log.read_text()) or "UNHEALTHY" not in server.log.read_text()
+    log = server.log.read_text
+    server.until("the word that all is well", lambda: "UNHEALTHY" not in log() or "application is RUNNING" in log())
 
 
 def test_a_port_that_is_taken_and_a_place_without_a_router_are_said_at_once(server, run, tmp_path) -> None:
