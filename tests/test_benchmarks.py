@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import engines, memory, step, tables
+from benchmarks import engines, memory, serve, step, tables
 from benchmarks.job import Job
 from tests.models import make
 
@@ -123,3 +123,14 @@ def test_the_engines_are_compared_on_a_small_model(tmp_path: Path) -> None:
     (written,) = (tmp_path / "results").glob("engines-*.json")
     found = json.loads(written.read_text())["models"]["model"]
     assert found["vllm"]["tokens_per_second"] > 0 and found["transformers"]["start_s"] > 0
+
+
+def test_a_servers_table_shows_every_phase_beside_the_bare_policy() -> None:
+    phase = {"requests_per_second": 20.0, "masked": 0, "failed": {}, "latency_s": {"p50": 0.1, "p90": 0.2, "p99": 0.3}}
+    found = {"bare": phase, "cold": phase | {"requests_per_second": 15.0, "masked": 3, "failed": {"503: gone": 2}}}
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(serve.render(found))
+    text = console.export_text()
+    assert "0.75" in text and "300 ms" in text and "every prompt is new" in text and "cached" not in text
+    (row,) = [line for line in text.splitlines() if "15.0" in line]
+    assert row.split("│")[-3].strip() == "3" and row.split("│")[-2].strip() == "2"
