@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHONS := $(PYTHON) python3.11 python3.12 python3
 
-.PHONY: help install install-vllm quickstart test test-slow lint format bench bench-pipeline clean
+.PHONY: help install install-vllm quickstart test test-slow lint format bench bench-pipeline results clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -85,6 +85,9 @@ $(VENV)/bench/.installed: requirements-bench.txt
 	@rm -rf $(@D)
 	$(PIP) install --no-deps --target $(@D) -r requirements-bench.txt
 	touch $@
+
+results: install  ## Train what is missing of docs/results.md, and write it (days on two cores; can be interrupted)
+	@$(BIN)/python scripts/results.py
 
 clean:  ## Remove caches and build products (not .venv, not runs/)
 	@rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

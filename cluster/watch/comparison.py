@@ -150,7 +150,7 @@ class Primary:
     def text(self) -> str:
         """In words."""
         where = "on the mean over tasks" if self.column == MEAN else f"on {self.column}"
-        points = _plain(self.difference)
+        points = in_points(self.difference)
         if self.difference.low > 0:
             return f"{self.first} wins {where}: {points} points over the best rival ({self.rival})."
         if self.difference.high < 0:
@@ -170,7 +170,7 @@ def primary(arms: Sequence[Arm], beyond: Sequence[str] = ()) -> Primary | None:
         return None
     best = max(rivals, key=lambda arm: arm.accuracy[column].value)
     there = best.difference[column]
-    return Primary(column, first.label, best.label, Cell(-there.value, -there.high, -there.low))
+    return Primary(column, first.label, best.label, Cell(0.0 - there.value, 0.0 - there.high, 0.0 - there.low))
 
 
 def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0) -> Cell:
@@ -214,7 +214,7 @@ def table(arms: Sequence[Arm]) -> Table:
             if column in arm.difference:
                 cell.append("\n").append_text(_signed(arm.difference[column]))
             cells.append(cell)
-        spent = f"{arm.operations / 1e15:.2f}" if arm.operations else "–"
+        spent = f"{arm.operations / 1e15:.2g}" if arm.operations else "–"
         shown.add_row(arm.label, str(len(arm.seeds) or "–"), f"{arm.samples:,}", spent, *cells)
     return shown
 
@@ -226,11 +226,12 @@ def markdown(arms: Sequence[Arm]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm in arms:
         cells = [
-            arm.accuracy[c].text + (f"<br>{_plain(arm.difference[c])}" if c in arm.difference else "") for c in columns
+            arm.accuracy[c].text + (f"<br>{in_points(arm.difference[c])}" if c in arm.difference else "")
+            for c in columns
         ]
         spent = ("–", "–", "–")
         if arm.seeds:
-            operations = f"{arm.operations / 1e15:.2f} ({arm.operations_cold / 1e15:.2f})"
+            operations = f"{arm.operations / 1e15:.2g} ({arm.operations_cold / 1e15:.2g})"
             spent = (str(len(arm.seeds)), f"{arm.train_s:.0f}", operations)
         lines.append(f"| {' | '.join((arm.label, *spent, *cells))} |")
     return "\n".join(lines) + "\n"
@@ -272,10 +273,11 @@ def _minus(one: Outcomes, other: Outcomes) -> dict[str, list[float]]:
     return {task: [a - b for a, b in zip(one[task], other[task], strict=True)] for task in one}
 
 
-def _plain(cell: Cell) -> str:
+def in_points(cell: Cell) -> str:
+    """A difference, in points."""
     return f"{100 * cell.value:+.1f} [{100 * cell.low:+.1f}, {100 * cell.high:+.1f}]"
 
 
 def _signed(cell: Cell) -> Text:
     style = "green" if cell.low > 0 else "red" if cell.high < 0 else "bright_black"
-    return Text(_plain(cell), style=style)
+    return Text(in_points(cell), style=style)

@@ -1,0 +1,193 @@
+"""Runs the project's comparisons, as far as they are missing, and writes docs/results.md and docs/results.json.
+
+    make results                                   # everything; days on two cores, and it can be interrupted
+    python scripts/results.py --only needless      # one of them
+    python scripts/results.py --only composed --no-runs   # what has finished so far
+
+Explanations stand in docs/results.md between the generated parts, and stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cluster.run import finished  # noqa: E402 - the project may not be installed
+from cluster.run.guarded import guarded  # noqa: E402
+from cluster.run.sweep import Point, grid, named_arms, tuned, tuning  # noqa: E402
+from cluster.run.sweeping import Plan, comparable, run  # noqa: E402
+from cluster.watch import comparison  # noqa: E402
+from cluster.watch.comparison import Arm, Cell, Run  # noqa: E402
+
+TEXT, ORACLE, FROZEN = "experts' answers as text", "oracle route, hindsight", "frozen policy alone"
+PAGE, DATA = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One comparison.
+
+    pairs: differences beside those from the first arm: of the one from the other.
+    beyond: baselines that are no rivals of the first arm: one knows the answers, one decodes with the experts.
+    """
+
+    name: str
+    recipe: str
+    arms: str
+    seeds: int
+    tune: str | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
+    beyond: tuple[str, ...] = (TEXT, ORACLE)
+
+
+SECTIONS = (
+    Section(
+        "needless",
+        "configs/needless.yaml",
+        "configs/arms/needless.yaml",
+        10,
+        pairs=(
+            ("router", FROZEN),
+            ("router", "static, 8 slots"),
+            ("router and LoRA 8", "LoRA 8"),
+            ("no gate", FROZEN),
+            ("no gate, with LoRA 8", "LoRA 8"),
+        ),
+        beyond=(TEXT, ORACLE, "LoRA 8", "router and LoRA 8"),
+    ),
+    Section(
+        "composed",
+        "configs/quickstart.yaml",
+        "configs/arms/composed.yaml",
+        10,
+        "learner.learning_rate=5.0e-5,3.0e-4,2.0e-3",
+        (("router", TEXT), ("router", "self"), ("router", "untrained experts"), ("router and LoRA 8", "LoRA 8")),
+    ),
+    Section(
+        "separable",
+        "configs/separable.yaml",
+        "configs/arms/separable.yaml",
+        10,
+        "learner.learning_rate=1.0e-4,5.0e-4,2.0e-3",
+        (("router", "route and answer"), ("router", "self"), ("router and LoRA 8", "LoRA 8")),
+    ),
+    Section("choices", "configs/quickstart.yaml", "configs/arms/choices.yaml", 3),
+)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS])
+    parser.add_argument("--no-runs", action="store_true", help="train nothing: write what has finished")
+    parser.add_argument("--root", default="runs/results", help="where the runs are")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at once")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Every section that is asked for."""
+    given, console = arguments(), Console()
+    for section in SECTIONS:
+        if given.only and section.name not in given.only:
+            continue
+        fixed = (f"root={given.root}", "execution=inline", "checkpoint.groups=false")
+        plan = Plan(
+            ROOT / section.recipe, fixed, named_arms(ROOT / section.arms), section.seeds, section.tune, "make results"
+        )
+        if not given.no_runs and not run(plan, given.parallel, None, None, console):
+            raise SystemExit(f"{section.name}: not every run has succeeded; the same command goes on")
+        found = _finished(plan, console)
+        if found is None:
+            console.print(f"{section.name}: nothing has finished yet")
+            continue
+        _write(section, *found)
+    console.print(PAGE, DATA, highlight=False)
+
+
+def _finished(plan: Plan, console: Console) -> tuple[list[Run], dict[str, Any]] | None:
+    """The runs that have ended, baselines among them, and what tuning has chosen."""
+    arms, chosen = plan.arms, dict[str, Any]()
+    if plan.tune:
+        trials = tuning(plan.recipe, plan.overrides, arms, plan.tune)
+        if not all(point.finished for points in trials.values() for point in points):
+            return None
+        scores = {point: finished.validated(point.config.folder) for points in trials.values() for point in points}
+        arms = tuned(arms, trials, scores.__getitem__)
+        chosen = {arm.name: {point.arm.overrides[-1]: scores[point] for point in trials[arm]} for arm in trials}
+    points: list[Point] = grid(plan.recipe, plan.overrides, arms, plan.seeds)
+    done = comparable([point for point in points if point.finished], arms, console)
+    if not done:
+        return None
+    runs = [finished.read(point.config.folder, point.arm.name) for point in done]
+    known = {run.name for run in runs}
+    return [*runs, *(run for run in finished.frozen(done[0].config.folder) if run.name not in known)], chosen
+
+
+def _write(section: Section, runs: Sequence[Run], tried: dict[str, Any]) -> None:
+    arms = comparison.compare(runs)
+    pairs = {pair: _difference(runs, *pair) for pair in section.pairs}
+    primary = comparison.primary(arms, section.beyond)
+    values = json.loads(DATA.read_text()) if DATA.is_file() else {}
+    values[section.name] = {
+        "command": f"python scripts/results.py --only {section.name}",
+        "primary": None if primary is None else asdict(primary),
+        "pairs": [{"of": of, "from": other, **asdict(cell)} for (of, other), cell in pairs.items()],
+        "tuning": tried,
+        "arms": [_without_places(asdict(arm)) for arm in arms],
+    }
+    DATA.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    begin, end = f"<!-- {section.name}: begin -->", f"<!-- {section.name}: end -->"
+    if begin not in text:
+        text += f"\n## {section.name.capitalize()}\n\n{begin}\n{end}\n"
+    made = f"{begin}\n{_markdown(section, arms, primary, pairs, tried)}{end}"
+    PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: made, text, flags=re.S), encoding="utf-8")
+
+
+def _difference(runs: Sequence[Run], of: str, other: str) -> Cell:
+    """On the first arm's most telling column: composed prompts, or the mean over tasks."""
+    ordered = [run for run in runs if run.name == other] + [run for run in runs if run.name == of]
+    arm = comparison.compare(ordered)[-1]
+    return arm.difference[comparison.COMPOSED if comparison.COMPOSED in arm.difference else comparison.MEAN]
+
+
+def _markdown(
+    section: Section,
+    arms: Sequence[Arm],
+    primary: comparison.Primary | None,
+    pairs: dict[tuple[str, str], Cell],
+    tried: dict[str, Any],
+) -> str:
+    lines = [f"`{section.recipe}`, `{section.arms}`; {len(arms[0].seeds)} seeds.", ""]
+    if primary is not None:
+        lines += [f"**{primary.text}**", ""]
+    lines += [comparison.markdown(arms)]
+    if pairs:
+        lines += ["| difference, in points | [95 %] |", "|---|---|"]
+        lines += [f"| {of} – {other} | {comparison.in_points(cell)} |" for (of, other), cell in pairs.items()] + [""]
+    if tried:
+        rates = list(next(iter(tried.values())))
+        lines += [f"| accuracy on validation prompts | {' | '.join(rates)} |", "|---" * (1 + len(rates)) + "|"]
+        lines += [f"| {name} | {' | '.join(f'{100 * v:.1f}' for v in mine.values())} |" for name, mine in tried.items()]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _without_places(arm: dict[str, Any]) -> dict[str, Any]:
+    return arm | {"runs": [Path(folder).name for folder in arm["runs"]]}
+
+
+if __name__ == "__main__":
+    guarded(main)
