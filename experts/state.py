@@ -123,8 +123,18 @@ def take_arrays(router: nn.Module) -> Arrays:
 
 
 def put_arrays(router: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Loads arrays into a router in place."""
-    router.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    """Loads arrays into a router in place.
+
+    Raises:
+        RouterError: when they belong to a router of another make.
+    """
+    try:
+        router.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise RouterError(
+            f"these weights are those of a router with other settings, or of another version: {said}"
+        ) from error
 
 
 def save_router(folder: Path, snapshot: RouterSnapshot, shape: RouterShape, config: RouterConfig) -> None:

@@ -21,7 +21,11 @@ from rollout.types import Draws, Message, Prompt
 from rollout.worker import RolloutWorker
 
 
-class PromptTooLongError(ValueError):
+class PromptError(ValueError):
+    """A prompt that the policy cannot read; the message says why."""
+
+
+class PromptTooLongError(PromptError):
     """A prompt that does not fit into the policy's context together with its prefix and the answer."""
 
 
@@ -64,6 +68,7 @@ class Answerer(RolloutWorker):
             built.callback(self.close)
             self.attach(shape)
             self.shape, self.snapshot = shape, snapshot
+            self._fewest = 2 if router.prefix.position == "after_bos" else 1
             self._slots = 0 if router.kind in ("none", "text") else router.latents
             self.asks: Asks = getattr(router_class(router.kind), "asks", "states")
             self.limit: int | None = policy.max_model_tokens or describe(path)["longest"]
@@ -77,13 +82,13 @@ class Answerer(RolloutWorker):
             is hidden from the router.  Empty where it asks for nothing.
 
         Raises:
-            PromptTooLongError: with the numbers.
+            PromptError: when the policy cannot read the prompt, or it is too long.
         """
         visible = np.array([part is not None for part in encoded] or [True] * len(self.shape.experts))
         prompt = Prompt(ordinal=0, task="", messages=tuple(messages), answer="")
         given = [part for part in encoded if part is not None]
         (seen,) = self.messages_for([prompt], self._texts(encoded))
-        tokens = np.asarray(self.policy.tokenize(seen), dtype=np.int64)
+        tokens = np.asarray(self.tokens_of(seen), dtype=np.int64)
         prefix, attention, gate = None, np.zeros(len(visible)), False
         if self.asks == "nothing" or (self.asks == "states" and given):
             shown = [self._stand_in(index) if part is None else part for index, part in enumerate(encoded)]
@@ -99,10 +104,24 @@ class Answerer(RolloutWorker):
         """Refuses prompts that do not fit in with a prefix and an answer of this length.
 
         Raises:
-            PromptTooLongError: with the numbers.
+            PromptError: as `open`.
         """
         for messages in conversations:
-            self._check(len(self.policy.tokenize(messages)), self._slots, max_new_tokens)
+            self._check(len(self.tokens_of(messages)), self._slots, max_new_tokens)
+
+    def tokens_of(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as the policy reads it.
+
+        Raises:
+            PromptError: when its chat template refuses it, or nothing is left of it.
+        """
+        try:
+            tokens = self.policy.tokenize(messages)
+        except Exception as error:  # a chat template is a program of the model's own
+            raise PromptError(f"the policy's template cannot render this conversation: {error}") from error
+        if len(tokens) < self._fewest:
+            raise PromptError("the prompt is empty")
+        return tokens
 
     def _check(self, prompt: int, slots: int, answer: int) -> None:
         if self.limit is not None and (total := prompt + slots + answer) > self.limit:

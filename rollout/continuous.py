@@ -24,6 +24,9 @@ from experts.loading import FrozenModel
 from rollout.sequence import PrefixPosition, Tokens, lay_out_prompts, next_positions, with_prefix
 from rollout.types import FinishReason
 
+COLDEST = 1e-5  # a temperature below it is 0
+SMALLEST_MASS = 1e-6  # of top_p: the most likely token always counts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
@@ -184,7 +187,7 @@ class ContinuousBatch:
         room = self.limit - len(self._rows)
         with self._changed:
             while self._waiting:
-                needed = self._waiting[0].decoding.samples
+                needed = 0 if self._waiting[0].cancelled else self._waiting[0].decoding.samples
                 if needed > room and (self._rows or taken):
                     break
                 request = self._waiting.popleft()
@@ -193,12 +196,18 @@ class ContinuousBatch:
                     room -= needed
         # Prompts with slots and prompts without are laid out apart.
         for slots in sorted({_slots(request) for request in taken}):
-            mine = [request for request in taken if _slots(request) == slots]
-            try:
-                self._read(mine, slots)
-            except Exception as error:  # noqa: BLE001 - theirs alone: the others go on
-                for request in mine:
-                    request.say(error)
+            self._try([request for request in taken if _slots(request) == slots], slots)
+
+    def _try(self, requests: Sequence[_Request], slots: int) -> None:
+        """Reads prompts together, or each by itself where that fails: one's failure is not another's."""
+        try:
+            self._read(requests, slots)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is theirs who wait for an answer
+            if len(requests) == 1:
+                requests[0].say(error)
+                return
+            for request in requests:
+                self._try([request], slots)
 
     def _read(self, requests: Sequence[_Request], slots: int) -> None:
         from transformers import DynamicCache
@@ -225,17 +234,16 @@ class ContinuousBatch:
         )
         cache.batch_select_indices(copies)
         mask, logits = batch.mask[copies], out.logits[copies, -1]
+        new = [
+            _Row(request, sample, np.random.default_rng([how.seed, sample]), how.max_new_tokens)
+            for request, how in ((request, request.decoding) for request in requests)
+            for sample in range(how.samples)
+        ]
         if self._rows:
             cache, mask = joined(self._cache, self._mask, cache, mask)
             logits = torch.cat([self._logits, logits])
         self._cache, self._mask, self._logits = cache, mask, logits
-        self._rows += [
-            _Row(
-                request, sample, np.random.default_rng([request.decoding.seed, sample]), request.decoding.max_new_tokens
-            )
-            for request in requests
-            for sample in range(request.decoding.samples)
-        ]
+        self._rows += new
 
     def _keep(self, rows: Sequence[int]) -> None:
         """Lets the other rows go, and the columns that only they had."""
@@ -299,9 +307,9 @@ def choose(
     A draw in [0, 1) decides by itself, through the inverse of the cumulative distribution.
     """
     device = logits.device
-    heat = torch.tensor(temperatures, device=device)
+    heat = torch.tensor([heat if heat >= COLDEST else 0.0 for heat in temperatures], device=device)
     logprobs = (logits.float() / torch.where(heat > 0, heat, 1.0)[:, None]).log_softmax(dim=-1)
-    mass = torch.tensor(top_ps, device=device)
+    mass = torch.tensor(top_ps, device=device).clamp_min(SMALLEST_MASS)
     if bool((mass < 1).any()):
         ordered, order = logprobs.sort(dim=-1, descending=True)
         before = ordered.double().exp().cumsum(dim=-1) - ordered.double().exp()

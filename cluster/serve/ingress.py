@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -25,12 +26,14 @@ from cluster.serve.panel import Panel, Seen
 from cluster.serve.protocol import ApiError, ChatRequest, CompletionRequest
 from cluster.serve.replicas import Opening, Said
 from experts.router import Asks
-from rollout.answerer import PromptTooLongError
+from rollout.answerer import PromptError, PromptTooLongError
 from rollout.continuous import Decoding
 from rollout.types import Message
 
 ATTEMPTS = 3  # of the policy, while nothing of its answer has been heard
 HEALTH_S = 5.0
+BUSY_S = 60.0  # since the policy has begun an answer
+BODY_BYTES = 8 * 2**20
 LOST = (RayError, DeploymentUnavailableError, BackPressureError)
 
 
@@ -54,11 +57,29 @@ class Facts:
 
 @dataclass
 class _Answering:
-    """One conversation's answer under way: the opening has come."""
+    """One conversation's answer under way: the opening has come.  stream: of the policy."""
 
     opening: Opening
     seen: Seen
-    pieces: AsyncGenerator[Said]
+    stream: Any
+
+    async def pieces(self) -> AsyncIterator[Said]:
+        """What is said.
+
+        Raises:
+            ApiError: when the policy fails, or goes away.
+        """
+        try:
+            async for said in self.stream:
+                yield said
+        except RayTaskError as error:
+            raise _refused(error) from None
+        except LOST:
+            raise ApiError(503, "the policy went away in the middle of its answer: ask again", "unavailable") from None
+
+    def close(self) -> None:
+        """Ends the request, down to the engine; it may be over."""
+        self.stream.cancel()
 
 
 def ingress(key_digest: str) -> Any:
@@ -114,13 +135,17 @@ class Server:
     def __init__(self, facts: Facts, policy: Any, panel: Panel) -> None:
         self.facts, self.policy, self.panel = facts, policy, panel
         self.measures = Measures(facts.name)
+        self._opened_at = -math.inf
 
     async def health(self) -> dict[str, Any]:
         """Whether the policy answers, and which experts do."""
         try:
             async with asyncio.timeout(HEALTH_S):
                 under_way, sampled = await self.policy.load.remote()
-        except (*LOST, TimeoutError):
+        except (*LOST, TimeoutError) as error:
+            # A policy with all its hands full answers us late; what it has just begun to answer others shows it.
+            if isinstance(error, TimeoutError) and time.monotonic() - self._opened_at < BUSY_S:
+                return {"status": "ok", "experts": self.panel.states, "busy": True}
             return {"status": "the policy does not answer", "experts": self.panel.states}
         return {"status": "ok", "experts": self.panel.states, "under_way": under_way, "sampled_tokens": sampled}
 
@@ -145,27 +170,35 @@ class Server:
     async def respond(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Any:
         """A request's whole response, or its stream."""
         start = time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + self.facts.deadline_s
+        outcome = "left"
         try:
-            body = await request.json()
-        except ValueError as error:
-            raise ApiError(400, f"the body is no JSON: {error}") from None
-        asked = protocol.parsed(kind, body)
-        self.check_model(asked.model)
-        decoding = self._decoding(asked)
-        answering = await self._opened(self._conversations(asked), decoding, asked)
-        if asked.stream:
-            events = self._events(asked, answering, start)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        try:
-            async with asyncio.timeout(self.facts.deadline_s):
-                body = await self._whole(asked, answering)
+            asked = protocol.parsed(kind, await _json(request))
+            self.check_model(asked.model)
+            async with asyncio.timeout_at(deadline):
+                answering = await self._opened(self._conversations(asked), self._decoding(asked), asked)
+                if asked.stream:
+                    outcome = ""  # the stream's own
+                    events = self._events(asked, answering, start, deadline)
+                    return _Stream(events, answering)
+                try:
+                    body = await self._whole(asked, answering)
+                finally:
+                    _close(answering)
+            outcome = "ok"
+            return JSONResponse(body)
         except TimeoutError:
-            self.measures.ended("timeout", time.perf_counter() - start)
-            raise ApiError(504, f"no answer within {self.facts.deadline_s:g} s", "timeout") from None
+            outcome = "timeout"
+            raise self._late() from None
+        except ApiError as error:
+            outcome = "refused" if error.status < 500 else "failed"
+            raise
         finally:
-            await _close(answering)
-        self.measures.ended("ok", time.perf_counter() - start)
-        return JSONResponse(body)
+            if outcome:
+                self.measures.ended(outcome, time.perf_counter() - start)
+
+    def _late(self) -> ApiError:
+        return ApiError(504, f"no answer within {self.facts.deadline_s:g} s", "timeout")
 
     def _conversations(self, asked: ChatRequest | CompletionRequest) -> list[tuple[Message, ...]]:
         if isinstance(asked, ChatRequest):
@@ -188,16 +221,16 @@ class Server:
         decoding: Decoding,
         asked: ChatRequest | CompletionRequest,
     ) -> list[_Answering]:
-        """Every conversation's answer, opened at once; where one cannot be, the others end."""
-        found = await asyncio.gather(
-            *(self._open(messages, decoding, asked) for messages in conversations), return_exceptions=True
-        )
-        answering = [each for each in found if isinstance(each, _Answering)]
-        for error in found:
-            if isinstance(error, BaseException):
-                await _close(answering)
-                raise error
-        return answering
+        """Every conversation's answer, opened at once; where one cannot be, or the client leaves, the others end."""
+        opening = [asyncio.ensure_future(self._open(messages, decoding, asked)) for messages in conversations]
+        try:
+            return list(await asyncio.gather(*opening))
+        except BaseException:
+            for each in opening:
+                each.cancel()
+            found = await asyncio.gather(*opening, return_exceptions=True)
+            _close([each for each in found if isinstance(each, _Answering)])
+            raise
 
     async def _open(
         self, messages: Sequence[Message], decoding: Decoding, asked: ChatRequest | CompletionRequest
@@ -205,26 +238,28 @@ class Server:
         """Asks the experts, then the policy, until its opening comes.
 
         Raises:
-            ApiError: when the prompt is too long, or the policy is not there.
+            ApiError: when the policy cannot read the prompt, or is not there.
         """
         start = time.perf_counter()
         seen = await self._ask(messages)
         self.measures.asked(seen, time.perf_counter() - start)
         for attempt in range(ATTEMPTS):
-            answer = self.policy.options(stream=True).answer.remote(
+            stream = self.policy.options(stream=True).answer.remote(
                 messages, seen.encoded, decoding, asked.stop, not asked.stream
             )
             try:
-                opening = await anext(answer)
-                return _Answering(opening, seen, _until_left(answer))
+                opening = await anext(stream)
+                self._opened_at = time.monotonic()
+                return _Answering(opening, seen, stream)
             except RayTaskError as error:
                 raise _refused(error) from None
+            except BackPressureError:
+                raise ApiError(503, "too many requests wait already: try again in a moment", "overloaded") from None
             except LOST:
                 await asyncio.sleep(0.1 * 2**attempt)
             except BaseException:
-                answer.cancel()
+                stream.cancel()
                 raise
-        self.measures.ended("unavailable", time.perf_counter() - start)
         raise ApiError(503, "the policy is not there: try again in a moment", "unavailable")
 
     async def _ask(self, messages: Sequence[Message]) -> Seen:
@@ -238,60 +273,56 @@ class Server:
         chat = isinstance(asked, ChatRequest)
         choices, tokens = [], 0
         for at, each in enumerate(answering):
-            mine: dict[int, Said] = {}
-            async for said in each.pieces:
-                mine[said.sample] = said
-            if len(mine) != asked.n:
-                raise ApiError(503, "the policy went away in the middle of its answer: ask again", "unavailable")
-            for sample in range(asked.n):
-                choices.append(_choice(asked, at * asked.n + sample, mine[sample]))
-                tokens += mine[sample].tokens
-        body = protocol.envelope(chat, False, self.facts.name, protocol.new_id(chat), choices)
+            async for said in each.pieces():
+                choices.append(_choice(asked, at * asked.n + said.sample, said))
+                tokens += said.tokens
+        choices.sort(key=lambda choice: choice["index"])
+        body = protocol.envelope(chat, False, self.facts.name, protocol.new_id(chat), int(time.time()), choices)
         prompt = sum(each.opening.prompt_tokens for each in answering)
         self.measures.used(prompt, tokens)
         return body | {"usage": protocol.usage(prompt, tokens), "musketeers": self._extension(answering)}
 
     async def _events(
-        self, asked: ChatRequest | CompletionRequest, answering: Sequence[_Answering], start: float
-    ) -> AsyncIterator[str]:
+        self,
+        asked: ChatRequest | CompletionRequest,
+        answering: Sequence[_Answering],
+        start: float,
+        deadline: float,
+    ) -> AsyncGenerator[str]:
         """Server-sent events; the last chunk of each choice says why it ended, and what the router looked at."""
-        chat, identity = isinstance(asked, ChatRequest), protocol.new_id(isinstance(asked, ChatRequest))
-        outcome, tokens = "left", 0
-
-        def event(choices: list[Any], **more: Any) -> str:
-            chunk = protocol.envelope(chat, True, self.facts.name, identity, choices)
-            if asked.with_usage:
-                chunk["usage"] = None
-            return f"data: {json.dumps(chunk | more)}\n\n"
-
+        chat, outcome = isinstance(asked, ChatRequest), "left"
+        chunks = _Chunks(asked, self.facts.name)
+        prompt, tokens = sum(each.opening.prompt_tokens for each in answering), 0
         try:
+            if chat:
+                for sample in range(asked.n):
+                    yield chunks.event([_delta(sample, delta={"role": "assistant", "content": ""})])
             for at, each in enumerate(answering):
-                if chat:
-                    for sample in range(asked.n):
-                        delta = {"role": "assistant", "content": ""}
-                        yield event([_delta(sample, delta=delta)])
-                over = 0
-                async for said in each.pieces:
+                pieces = each.pieces()
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        said = await anext(pieces, None)
+                    if said is None:
+                        break
                     if not tokens:
                         self.measures.first(time.perf_counter() - start)
-                    tokens, over = tokens + said.tokens, over + (said.finish is not None)
-                    choice = _piece(asked, at * asked.n + said.sample, said)
+                    tokens += said.tokens
                     extension = {} if said.finish is None else {"musketeers": self._extension([each])}
-                    yield event([choice], **extension)
-                if over != asked.n:
-                    raise ApiError(503, "the policy went away in the middle of its answer: ask again", "unavailable")
-            prompt = sum(each.opening.prompt_tokens for each in answering)
+                    yield chunks.event([_piece(asked, at * asked.n + said.sample, said)], **extension)
             self.measures.used(prompt, tokens)
             if asked.with_usage:
-                yield event([], usage=protocol.usage(prompt, tokens))
+                yield chunks.event([], usage=protocol.usage(prompt, tokens))
             outcome = "ok"
             yield "data: [DONE]\n\n"
+        except TimeoutError:
+            outcome = "timeout"
+            yield f"data: {json.dumps(self._late().body())}\n\n"
         except ApiError as error:
-            outcome = "unavailable"
+            outcome = "failed"
             yield f"data: {json.dumps(error.body())}\n\n"
         finally:
+            _close(answering)
             self.measures.ended(outcome, time.perf_counter() - start)
-            await _close(answering)
 
     def _extension(self, answering: Sequence[_Answering]) -> Any:
         """What only this server says: attention by expert, whether the prefix was used, experts that were missing."""
@@ -307,27 +338,65 @@ class Server:
         return said[0] if len(said) == 1 else said
 
 
-async def _close(answering: Sequence[_Answering]) -> None:
+class _Stream(StreamingResponse):
+    """Server-sent events; however the response ends, also before its first byte, the answers end with it."""
+
+    def __init__(self, events: AsyncGenerator[str], answering: Sequence[_Answering]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._events, self._answering = events, answering
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """An ASGI call."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _close(self._answering)
+            await self._events.aclose()
+
+
+class _Chunks:
+    """A stream's chunks, which share their id and time."""
+
+    def __init__(self, asked: ChatRequest | CompletionRequest, model: str) -> None:
+        chat = isinstance(asked, ChatRequest)
+        self._asked = asked
+        self._head = (chat, True, model, protocol.new_id(chat), int(time.time()))
+
+    def event(self, choices: list[Any], **more: Any) -> str:
+        """One, as it is sent."""
+        chunk = protocol.envelope(*self._head, choices)
+        usage = {"usage": None} if self._asked.with_usage else {}
+        return f"data: {json.dumps(chunk | usage | more)}\n\n"
+
+
+def _close(answering: Sequence[_Answering]) -> None:
     """Ends what is still under way of these."""
     for each in answering:
-        await each.pieces.aclose()
+        each.close()
 
 
-async def _until_left(answer: Any) -> AsyncGenerator[Said]:
-    """A policy's pieces; whoever stops listening cancels the request, down to the engine."""
+async def _json(request: Request) -> Any:
+    """A request's body.
+
+    Raises:
+        ApiError: when it is none, or too large.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > BODY_BYTES:
+            raise ApiError(413, f"the body has more than {BODY_BYTES // 2**20} MiB")
     try:
-        async for said in answer:
-            yield said
-    except LOST:
-        return  # what is missing of the answer tells
-    finally:
-        answer.cancel()
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}") from None
 
 
 def _refused(error: RayTaskError) -> ApiError:
     cause = error.cause
-    if isinstance(cause, PromptTooLongError):
-        return ApiError(400, str(cause), "context_length_exceeded", "messages")
+    if isinstance(cause, PromptError):
+        code = "context_length_exceeded" if isinstance(cause, PromptTooLongError) else None
+        return ApiError(400, str(cause), code, "messages")
     return ApiError(500, f"the policy failed: {type(cause).__name__}: {cause}", "internal_error")
 
 

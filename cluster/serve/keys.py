@@ -25,14 +25,14 @@ def api_key(file: Path | None, host: str) -> str | None:
     """
     if file is not None:
         try:
-            key: str | None = file.read_text(encoding="utf-8").strip()
+            key = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--api-key-file {file} cannot be read: {error}") from error
         if not key:
             raise ConfigError(f"--api-key-file {file} is empty: write a key into it")
     else:
-        key = os.environ.get(VARIABLE)
-    if key is None and host not in LOOPBACK:
+        key = os.environ.get(VARIABLE, "").strip()
+    if not key and host not in LOOPBACK:
         raise ConfigError(f"--host {host} is seen by other machines: give --api-key-file FILE, or set {VARIABLE}")
     return key or None
 

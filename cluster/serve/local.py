@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,7 +121,7 @@ class Musketeers:
         limit = max_new_tokens or self.opened.config.sampling.max_new_tokens
         places = [self.names.index(name) for name in hidden]
         sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples)
-        encoded = self._encoded(asked, limit)
+        encoded = [_without_answers(part) if part.expert in hidden else part for part in self._encoded(asked)]
         self.policy.check_room(self.policy.messages_for(asked, encoded), limit)
         self.policy.seed = seed
         made = self.policy.generate(
@@ -172,7 +172,7 @@ class Musketeers:
             for row, each in enumerate(several)
         ]
 
-    def _encoded(self, prompts: Sequence[Prompt], limit: int) -> list[Encoded]:
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         messages, rows = [prompt.messages for prompt in prompts], list(range(len(prompts)))
         if self.policy.asks == "states":
             return [expert.encode(messages) for expert in self.experts]
@@ -206,6 +206,11 @@ def refuse_other(what: str, found: str, trained: str) -> None:
             f"{what} is another model than the router was trained with (fingerprint {found[:12]}, not {trained[:12]}): "
             "give the same weights, tokenizer and chat template, or train again"
         )
+
+
+def _without_answers(part: Encoded) -> Encoded:
+    """Of an expert that is not to be listened to; where it gave states, the router does not look at them."""
+    return replace(part, answers=("",) * len(part.answers))
 
 
 def _is_message(prompts: Any) -> bool:

@@ -46,6 +46,6 @@ class Measures:
         self._tokens.inc(answer, tags={"kind": "answer"})
 
     def ended(self, outcome: str, seconds: float) -> None:
-        """A request has ended: `ok`, `left` by its client, `timeout` or `unavailable`."""
+        """A request has ended: `ok`, `left` by its client, `refused` (its own fault), `timeout` or `failed` (ours)."""
         self._requests.inc(tags={"outcome": outcome})
         self._seconds.observe(seconds)

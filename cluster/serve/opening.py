@@ -11,7 +11,7 @@ from cluster.config import ConfigError, RunConfig, changed, flat, matches
 from cluster.run.preflight import check_models
 from cluster.run.trained import Trained, open_trained
 from cluster.zoo import paths
-from experts.state import RouterShape
+from experts.state import RouterError, RouterShape
 from rewards.prompts import prompt_of
 from rollout.types import Message
 
@@ -60,7 +60,21 @@ def ready(place: str | Path, step: int | None = None, overrides: Sequence[str] =
     for world in sorted(paths.worlds_named_by(config.models().values())):
         paths.ensure(world)
     check_models(config)
+    check_settings(trained)
     return Ready(trained, config, _shape(trained.meta, config))
+
+
+def check_settings(trained: Trained) -> None:
+    """Refuses a recipe that says something else about the router than what was saved with its weights.
+
+    Raises:
+        RouterError: naming the key.
+    """
+    saved, here = trained.meta["config"], trained.config.router.model_dump(mode="json")
+    for key in ("kind", "width", "latents", "heads", "feedforward", "prefix", "gate", "null_expert"):
+        if (saved.get(key) or None) != (here[key] or None):
+            other = f"its recipe has router.{key} {here[key]}, but its weights were saved with {saved.get(key)}"
+            raise RouterError(f"{trained.place}: {other}")
 
 
 def _shape(meta: dict[str, Any], config: RunConfig) -> RouterShape:

@@ -69,6 +69,7 @@ class Panel:
         """The expert's answer, or why there is none."""
         if member.down:
             return member.down
+        reason = ""
         for limit in (self.timeout_s, RETRY_S):
             asked = getattr(member.handle, method).remote(*arguments)
             try:
@@ -80,23 +81,31 @@ class Panel:
                 return f"failed: {_first_line(error.cause)}"
             except GONE as error:
                 asked.cancel()
-                reason = "no answer in time" if isinstance(error, TimeoutError) else "its process is gone"
+                if isinstance(error, TimeoutError):
+                    reason = reason or "no answer in time"
+                    break
+                reason = "its process is gone"
             except asyncio.CancelledError:
                 asked.cancel()
                 raise
         if not member.down:
             member.down = reason
-            member.probe = asyncio.ensure_future(self._until_back(member))
+            member.probe = asyncio.ensure_future(self._until_back(member, method, *arguments))
         return reason
 
     @staticmethod
-    async def _until_back(member: _Member) -> None:
+    async def _until_back(member: _Member, method: str, *arguments: Any) -> None:
+        """Asks again what was not answered: an expert that hangs may still say that it is ready."""
         while member.down:
+            asked = getattr(member.handle, method).remote(*arguments)
             try:
                 async with asyncio.timeout(PROBE_S):
-                    await member.handle.ready.remote()
+                    await asked
                 member.down = ""
-            except (*GONE, RayTaskError):
+            except RayTaskError:
+                member.down = ""  # it fails on this very prompt, but it is there
+            except GONE:
+                asked.cancel()
                 await asyncio.sleep(RETRY_S)
 
 

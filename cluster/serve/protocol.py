@@ -5,7 +5,7 @@ What is not is refused by name, never ignored: a client that asks for penalties 
 
 from __future__ import annotations
 
-import time
+import itertools
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,8 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rollout.types import Message
 
 MOST_SAMPLES = 128
+MOST_ANSWERS = 512  # of one request
 # Fields of OpenAI's that mean nothing here, and change no answer.
-HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+HARMLESS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "verbosity",
+)  # fmt: skip
 # Served only with a value that asks for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0, 0.0),
@@ -54,6 +58,7 @@ class ApiError(Exception):
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
+    include_obfuscation: bool = False  # there is none either way
 
 
 class _Asked(BaseModel):
@@ -62,10 +67,10 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str
     temperature: float | None = Field(None, ge=0.0, le=2.0)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    top_p: float | None = Field(None, ge=0.0, le=1.0)
     max_tokens: int | None = Field(None, ge=1)
     n: int = Field(1, ge=1, le=MOST_SAMPLES)
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = None
     stop: tuple[str, ...] = Field((), max_length=16)
     stream: bool = False
     stream_options: _StreamOptions | None = None
@@ -100,6 +105,11 @@ class _Asked(BaseModel):
             raise ValueError("stream_options is for stream: true")
         return self
 
+    @field_validator("seed")
+    @classmethod
+    def _of_62_bits(cls, seed: int | None) -> int | None:
+        return None if seed is None else seed % 2**62
+
     @property
     def with_usage(self) -> bool:
         """Whether a stream ends with what it used."""
@@ -115,6 +125,7 @@ class _Turn(BaseModel):
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
+    tool_calls: None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -123,6 +134,12 @@ class _Turn(BaseModel):
             if not isinstance(part, dict) or part.get("type") != "text":
                 raise ValueError("only parts of type text are read here")
         return content
+
+    @field_validator("tool_calls", mode="before")
+    @classmethod
+    def _no_tools(cls, calls: Any) -> None:
+        if calls:
+            raise ValueError("tool calls are not read here")
 
     def message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -159,6 +176,12 @@ class CompletionRequest(_Asked):
             raise ValueError("prompts must be texts: experts and policy have different tokens")
         return [prompt] if isinstance(prompt, str) else prompt
 
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if len(self.prompt) * self.n > MOST_ANSWERS:
+            raise ValueError(f"{len(self.prompt)} prompts with n = {self.n} are more than {MOST_ANSWERS} answers")
+        return self
+
     @property
     def limit(self) -> int | None:
         """Tokens of an answer."""
@@ -192,16 +215,19 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def envelope(chat: bool, chunk: bool, model: str, identity: str, choices: Sequence[Any]) -> dict[str, Any]:
-    """A response, or a chunk of one."""
+def envelope(
+    chat: bool, chunk: bool, model: str, identity: str, created: int, choices: Sequence[Any]
+) -> dict[str, Any]:
+    """A response, or a chunk of one.  created: in seconds since 1970."""
     kind = ("chat.completion.chunk" if chunk else "chat.completion") if chat else "text_completion"
-    return {"id": identity, "object": kind, "created": int(time.time()), "model": model, "choices": list(choices)}
+    return {"id": identity, "object": kind, "created": created, "model": model, "choices": list(choices)}
 
 
 def logprobs_of(chat: bool, tokens: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
     """Of sampled tokens, by their texts."""
     if not chat:
-        return {"tokens": list(tokens), "token_logprobs": list(values), "top_logprobs": None, "text_offset": []}
+        starts = list(itertools.accumulate(map(len, tokens), initial=0))[:-1]
+        return {"tokens": list(tokens), "token_logprobs": list(values), "top_logprobs": None, "text_offset": starts}
     return {
         "content": [
             {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}

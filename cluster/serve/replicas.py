@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import sys
-import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,34 +74,38 @@ class ExpertReplica:
     ) -> None:
         self._expert = _LivingExpert(config, path, cache, threads)
         refuse_other(config.name, self._expert.fingerprint, fingerprint)
-        self._one_at_a_time = threading.Lock()
-        self.encode.set_max_batch_size(size)
+        self._one_at_a_time = asyncio.Lock()  # whoever has given up leaves it, and is not worked for
+        self._together.set_max_batch_size(size)
 
     def ready(self) -> bool:
         """Answers once it is built."""
         return True
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def encode(self, prompts: list[Messages]) -> list[Encoded]:
+    async def encode(self, messages: Messages) -> Encoded:
         """States of a prompt; see `Expert.encode`."""
-        return await asyncio.to_thread(self._encode, prompts)
+        # A template that refuses this conversation must not fail those that are read with it.
+        if not self._expert.frozen.tokenize(messages):
+            raise ValueError("the prompt is empty")
+        found: Encoded = await self._together(messages)
+        return found
+
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def _together(self, prompts: list[Messages]) -> list[Encoded]:
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._encode, prompts)
 
     async def answer(self, messages: Messages, max_new_tokens: int) -> Encoded:
         """The expert's own answer to a prompt; see `Expert.answers`."""
-        return await asyncio.to_thread(self._answer, messages, max_new_tokens)
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._expert.answers, [messages], [0], max_new_tokens)
 
     def _encode(self, prompts: Sequence[Messages]) -> list[Encoded]:
-        with self._one_at_a_time:
-            made = self._expert.encode(prompts)
+        made = self._expert.encode(prompts)
         one = replace(made, hits=0, misses=0, rows=(0,), operations=0.0, cold=0.0)
         return [
             replace(one, keys=(key,), features=(feature,))
             for key, feature in zip(made.keys, made.features, strict=True)
         ]
-
-    def _answer(self, messages: Messages, max_new_tokens: int) -> Encoded:
-        with self._one_at_a_time:
-            return self._expert.answers([messages], [0], max_new_tokens)
 
 
 class PolicyReplica:

@@ -19,12 +19,13 @@ from cluster.config import ConfigError
 from cluster.run.asked import answer_tokens
 from cluster.run.recipe import Recipe
 from cluster.run.start import expert_recipes, rollout_recipes
-from cluster.serve.keys import DIGEST, api_key, digest
+from cluster.serve.keys import DIGEST, VARIABLE, api_key, digest
 from cluster.serve.opening import Ready, ready
 from experts.router import Asks, router_class
 
 APPLICATION = "musketeers"
 WATCH_S = 5.0
+QUEUED = 1024  # requests that wait for a deployment; further ones are refused at once
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 
@@ -65,13 +66,21 @@ def serve_trained(place: str, step: int | None, overrides: Sequence[str], option
         ServeError: when it cannot start.
     """
     key = api_key(options.key_file, options.host)
-    _check_free(options.host, options.port)
+    if options.address is None:
+        _check_free(options.host, options.port)
     opened = ready(place, step, overrides)
+    _check_sizes(opened, options)
+    os.environ.pop(VARIABLE, None)  # Ray's processes inherit the environment, and are told the digest only
     os.environ[DIGEST] = digest(key)
     os.environ[PROXY_CALLBACK] = "cluster.serve.keys.proxy_middlewares"
     from cluster.run.actors import join_cluster, leave_cluster
 
     cluster = join_cluster(options.address, None, APPLICATION)
+    try:
+        _check_alone(options)
+    except ConfigError:
+        leave_cluster()
+        raise
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -96,6 +105,40 @@ def _check_free(host: str, port: int) -> None:
         raise ConfigError(
             f"--host {host}: nothing can listen on port {port} ({error.strerror}): give another --port"
         ) from None
+
+
+def _check_sizes(opened: Ready, options: Options) -> None:
+    """Refuses limits of replicas that leave nothing to scale."""
+    config = opened.config
+    experts = max(expert.replicas for expert in config.experts)
+    for flag, most, there in [
+        ("--max-policies", options.most_policies, config.policy.workers),
+        ("--max-experts", options.most_experts, experts),
+    ]:
+        if most is not None and most < there:
+            raise ConfigError(f"{flag} {most} is less than the {there} that the configuration starts with")
+
+
+def _check_alone(options: Options) -> None:
+    """Refuses a cluster whose Ray Serve listens elsewhere already, or has an application of ours.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    there = client.http_config
+    if (there.host, there.port) != (options.host, options.port):
+        raise ConfigError(
+            f"Ray Serve runs there already: give --host {there.host} --port {there.port}, where it listens, or end it "
+            "with `serve shutdown`"
+        )
+    if APPLICATION in serve.status().applications:
+        raise ConfigError("a router is served on that cluster already: end that server first")
 
 
 def start(opened: Ready, options: Options, key: str | None, stopped: threading.Event) -> None:
@@ -170,6 +213,7 @@ def _scaled(recipe: Recipe, replicas: int, most: int | None, options: Options) -
     return {
         **size,
         "max_ongoing_requests": 4 * options.per_replica,
+        "max_queued_requests": QUEUED,
         "ray_actor_options": {"num_cpus": recipe.cpus, "num_gpus": recipe.gpus},
     }
 

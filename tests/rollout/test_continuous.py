@@ -100,14 +100,27 @@ def test_what_fails_is_its_own_requests_failure(policy) -> None:  # noqa: F811
     batch = ContinuousBatch(policy, "front")
 
     async def both() -> None:
-        with pytest.raises(ValueError, match="empty prompt"):
-            await said(batch, [], None, Decoding())
-        assert len(await said(batch, [5], None, Decoding(max_new_tokens=1))) == 1
+        # Together: they are read in one pass, until that fails.
+        one = Decoding(max_new_tokens=1)
+        empty, odd, fine = await asyncio.gather(
+            said(batch, [], None, one),
+            said(batch, [5], None, Decoding(max_new_tokens=1, seed=-1)),
+            said(batch, [5], None, one),
+            return_exceptions=True,
+        )
+        assert isinstance(empty, ValueError) and "empty prompt" in str(empty)
+        assert isinstance(odd, ValueError) and not isinstance(fine, BaseException) and len(fine) == 1
 
     asyncio.run(both())
     batch.close()
     with pytest.raises(RuntimeError, match="closed"):
         asyncio.run(said(batch, [5], None, Decoding()))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-39, 1.0), (1.0, 1e-46), (1.0, 0.0), (0.0, 0.0)])
+def test_extremes_take_the_most_likely_token(temperature: float, top_p: float) -> None:
+    chosen, logprob = choose(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), [temperature], [top_p], [0.99])
+    assert chosen.item() == 0 and logprob.isfinite()
 
 
 def test_top_p_samples_among_the_most_likely() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -18,7 +19,7 @@ from cluster.serve.local import Musketeers
 from cluster.serve.opening import ready
 from experts.loading import load_frozen
 from experts.state import RouterError
-from rollout.answerer import PromptTooLongError
+from rollout.answerer import PromptError, PromptTooLongError
 from rollout.continuous import Decoding
 from tests.models import make
 from tests.serve.conftest import save_bundle
@@ -142,14 +143,14 @@ def test_another_model_in_an_experts_place_is_refused_by_name(bundle: Path, tmp_
 
 @pytest.mark.parametrize("kind", ["static", "text", "none"])
 def test_other_collaborators_answer_too(bundle: Path, tmp_path: Path, kind: str) -> None:
-    import yaml
-
     values = yaml.safe_load((bundle / "recipe.yaml").read_text())
     values["router"] |= {"kind": kind, "gate": False}
     values["policy"]["lora"] = {"rank": 2} if kind == "text" else None
     with Musketeers.from_run(save_bundle(tmp_path / "other", values)) as other:
         (answer,) = other.generate("3 + 4")
         assert answer.gate == (kind == "static") and answer.attention == {"one": 0.0, "two": 0.0}
+        hidden = [other.generate(q, hidden=["one"])[0].text for q in QUESTIONS]
+        assert (hidden != [answer.text for answer in other.generate(QUESTIONS)]) == (kind == "text")
 
 
 def test_the_command_prints_answers_and_attention(bundle: Path, musketeers: Musketeers) -> None:
@@ -161,3 +162,19 @@ def test_the_command_prints_answers_and_attention(bundle: Path, musketeers: Musk
     lines = CliRunner().invoke(app, ["generate", str(bundle), "-", "--json"], input="3 + 4\n\na\n")
     found = [json.loads(line) for line in lines.stdout.splitlines()]
     assert [each["prompt"] for each in found] == ["3 + 4", "a"] and found[0]["text"] == expected.text
+
+
+def test_a_recipe_that_does_not_belong_to_the_weights_is_refused(bundle: Path, tmp_path: Path) -> None:
+    for key, value in {"heads": 2, "latents": 3, "gate": False}.items():
+        edited = shutil.copytree(bundle, tmp_path / key)
+        values = yaml.safe_load((edited / "recipe.yaml").read_text())
+        values["router"][key] = value
+        (edited / "recipe.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(RouterError, match=rf"its recipe has router\.{key} {value}"):
+            ready(edited)
+
+
+def test_what_a_template_refuses_is_the_prompts_fault(musketeers: Musketeers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(musketeers.policy.policy.tokenizer, "chat_template", "{{ raise_exception('no system') }}")
+    with pytest.raises(PromptError, match="cannot render this conversation: no system"):
+        musketeers.policy.open([{"role": "user", "content": "a"}], [], Decoding())

@@ -59,6 +59,7 @@ class Handle:
 @pytest.fixture
 def handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, Handle]:
     monkeypatch.setattr(panel_module, "RETRY_S", 0.02)
+    monkeypatch.setattr(panel_module, "PROBE_S", 0.1)
     return {"one": Handle(), "two": Handle()}
 
 
@@ -87,19 +88,16 @@ def test_who_is_down_is_left_out_at_once_until_it_is_back(handles, outcome, reas
         handles["one"].outcome = outcome
         seen = await panel.ask("encode", [])
         assert seen.encoded == (None, GIVEN) and seen.missing == {"one": reason}
-        assert handles["one"].log.count("cancelled") == 2  # the call, and its retry
+        # The call and, of one that has died, its retry: one that is slow gets no more to do.
+        assert handles["one"].log.count("cancelled") >= (1 if outcome == "hang" else 2)
         before = handles["two"].asked
         for _ in range(3):
             assert (await panel.ask("encode", [])).missing == {"one": reason}
         assert handles["two"].asked == before + 3
         assert panel.states == {"one": reason, "two": "up"}
         handles["one"].outcome = GIVEN
-        if outcome != "hang":  # a probe that hangs holds on for a minute
-            await until(lambda: panel.states["one"] == "up")
-            assert not (await panel.ask("encode", [])).missing
-        for member in panel.members:
-            if member.probe is not None:
-                member.probe.cancel()
+        await until(lambda: panel.states["one"] == "up")
+        assert not (await panel.ask("encode", [])).missing
 
     asyncio.run(story())
 

@@ -55,6 +55,8 @@ def test_what_asks_for_nothing_is_let_pass() -> None:
         (ChatRequest, {"model": None}, "model: Field required", "model"),
         (CompletionRequest, {"prompt": [[1, 2]]}, "prompts must be texts", "prompt"),
         (CompletionRequest, {"echo": True}, "echo is not supported", None),
+        (CompletionRequest, {"prompt": ["a"] * 200, "n": 100}, "200 prompts with n = 100 are more than 512", None),
+        (ChatRequest, {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool calls", None),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(kind, change, said, param) -> None:
@@ -80,6 +82,9 @@ def test_a_key_is_needed_where_others_can_reach(tmp_path, monkeypatch) -> None:
     assert api_key(file, "0.0.0.0") == "secret"
     monkeypatch.setenv("MUSKETEERS_API_KEY", "other")
     assert api_key(None, "0.0.0.0") == "other"
+    monkeypatch.setenv("MUSKETEERS_API_KEY", " ")
+    with pytest.raises(ConfigError, match="is seen by other machines"):
+        api_key(None, "0.0.0.0")
 
 
 @pytest.mark.parametrize(
