@@ -66,6 +66,7 @@ MOVING = (
 )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_with_a_curriculum_resumes_to_the_same_end(runs: Runs) -> None:
     whole = runs.train("run=whole", "steps=12", MOVING)
     assert whole.returncode == 0, whole.stderr

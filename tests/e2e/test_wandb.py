@@ -48,6 +48,7 @@ def kept(runs: Runs) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_step_is_there_and_a_resumed_run_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for steps in (2, 4):
