@@ -99,9 +99,18 @@ class EmbeddingsOnly(nn.Module):
 
 
 def render(tokenizer: Any, messages: Messages) -> str:
-    """The text a model is shown: its chat template where it has one, else the contents joined by newlines."""
+    """The text a model is shown: its chat template where it has one, else the contents joined by newlines.
+
+    Raises:
+        ModelError: when the template refuses these messages, as some do a system message.
+    """
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's own, and may raise anything
+            raise ModelError(
+                f"model {tokenizer.name_or_path!r}: its chat template refuses this conversation: {_first_line(error)}"
+            ) from error
     return "\n".join(message["content"] for message in messages)
 
 
@@ -183,6 +192,11 @@ def describe(path: str) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path!r} cannot be found or read: {_first_line(error)}") from error
+    if not hasattr(config, "hidden_size"):
+        raise ModelError(
+            f"model {path!r}: a {type(config).__name__} has no hidden_size of its own, as models of more than text do "
+            "not: take a text-only sibling"
+        )
     quantization = getattr(config, "quantization_config", None)
     return {
         "architecture": (config.architectures or [type(config).__name__])[0],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experts.config import RouterConfig
 from experts.expert import Encoded
-from experts.loading import describe
+from experts.loading import ModelError, describe
 from experts.router import Asks, router_class
 from experts.state import RouterShape, RouterSnapshot
 from rollout.config import PolicyConfig
@@ -117,8 +117,8 @@ class Answerer(RolloutWorker):
         """
         try:
             tokens = self.policy.tokenize(messages)
-        except Exception as error:  # a chat template is a program of the model's own
-            raise PromptError(f"the policy's template cannot render this conversation: {error}") from error
+        except (ModelError, UnicodeError) as error:
+            raise PromptError(f"the policy cannot read this conversation: {error}") from error
         if len(tokens) < self._fewest:
             raise PromptError("the prompt is empty")
         return tokens

@@ -19,7 +19,7 @@ from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
 from cluster.zoo import paths as zoo
 from experts.config import EngineConfig, ExpertConfig
-from experts.loading import check_end_token, describe, load_tokenizer, tokenize
+from experts.loading import ModelError, check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
 from experts.router import router_class
 from experts.vllm_engine import check_installed, is_for_cpus, supports
@@ -219,6 +219,8 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
     """
     path = model_path(config.policy.model)
     tokenizer = load_tokenizer(path)
+    for key, reference in config.models().items():
+        _check_template(key, reference, next(iter(tasks.values())))
     if config.data.max_prompt_tokens is None:
         texts = {p.text: p for task in tasks.values() for p in (*task.train, *task.validation, *task.test)}
         longest = heapq.nlargest(LONGEST, texts.values(), key=lambda prompt: len(prompt.text))
@@ -229,6 +231,14 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
     for name, count in lost.items():
         note(f"task {name}: {count} prompts of more than {config.data.max_prompt_tokens} tokens are left out")
     return kept
+
+
+def _check_template(key: str, reference: str, task: Task) -> None:
+    """Every model must be able to render what it will be shown."""
+    try:
+        tokenize(load_tokenizer(model_path(reference)), next(iter((*task.train, *task.test))).messages)
+    except ModelError as error:
+        raise ConfigError(f"{key}: {error}; without data.system there is no system message") from error
 
 
 def print_plan(config: RunConfig, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,22 @@ def test_a_broken_policy_is_refused(
     monkeypatch.setenv("PYTHONPATH", "")
     break_it(tmp_path / "broken")
     assert named in refused(capsys, monkeypatch, "train", str(runs.recipe), f"policy.model={tmp_path / 'broken'}")
+
+
+def test_a_template_that_takes_no_system_message_and_a_model_of_more_than_text_are_refused_by_key(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = make(tmp_path / "strict", "llama", width=24)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}hello"
+    (strict / "chat_template.jinja").write_text(refusing)
+    system = ["data.tasks=[{name: sums, dataset: chain_sum, size: 100}]", "data.system=default"]
+    said = refused(capsys, monkeypatch, "train", str(runs.recipe), f"experts.1.model={strict}", *system)
+    assert "experts.1.model" in said and "no system role" in said and "data.system" in said
+    picture = make(tmp_path / "picture", "llama", width=24)
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (picture / "config.json").write_text(json.dumps(config))
+    said = refused(capsys, monkeypatch, "train", str(runs.recipe), f"experts.0.model={picture}")
+    assert str(picture) in said and "take a text-only sibling" in said
 
 
 def test_the_quickstart_recipe_fits_one_screen_and_is_synchronous() -> None:

@@ -176,5 +176,5 @@ def test_a_recipe_that_does_not_belong_to_the_weights_is_refused(bundle: Path, t
 
 def test_what_a_template_refuses_is_the_prompts_fault(musketeers: Musketeers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(musketeers.policy.policy.tokenizer, "chat_template", "{{ raise_exception('no system') }}")
-    with pytest.raises(PromptError, match="cannot render this conversation: no system"):
+    with pytest.raises(PromptError, match="refuses this conversation: no system"):
         musketeers.policy.open([{"role": "user", "content": "a"}], [], Decoding())
