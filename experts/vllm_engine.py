@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -21,70 +20,22 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from experts.config import EngineConfig
 from experts.loading import ModelError
+from experts.relay import relayed
+from experts.vllm_install import ENVIRONMENT, check_installed
 
 T = TypeVar("T")
-SUPPORTED = SpecifierSet(">=0.32,<0.33")
-INSTALL = "run make install-vllm"
 HEALTH_S = 1.0
 CLOSE_S = 60.0
 ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 EMPTY = hashlib.sha256(b"").hexdigest()
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # Workers share the cores of a machine: bound to the same ones they would wait for each other.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
 
 
 class EngineDiedError(RuntimeError):
     """An engine whose process is gone; only a new one can go on."""
-
-
-def check_installed() -> None:
-    """Refuses a vLLM that is absent or of another version.
-
-    Raises:
-        ModelError: naming the version that is there and the remedy.
-    """
-    found = version()
-    if found is None:
-        raise ModelError(f"engine: vllm needs vLLM {SUPPORTED}, which is not installed: {INSTALL}")
-    if not SUPPORTED.contains(found.partition("+")[0], prereleases=True):
-        raise ModelError(f"engine: vllm needs vLLM {SUPPORTED}, version {found} is installed: {INSTALL}")
-
-
-def version() -> str | None:
-    """Of the build for GPUs or the one for CPUs, whichever is installed."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def is_for_cpus() -> bool:
-    """Whether the installed build is the one for CPUs, which is a distribution of its own."""
-    try:
-        return bool(importlib.metadata.version("vllm-cpu"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def supports(architecture: str) -> bool:
-    """Whether vLLM has a model class of this name; importing it takes seconds."""
-    os.environ.update(ENVIRONMENT)
-    from vllm import ModelRegistry
-
-    return architecture in ModelRegistry.get_supported_archs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,35 +220,21 @@ class VllmEngine:
             output_kind=RequestOutputKind.DELTA,
         )
         lora = None if adapter is None else self._adapter(adapter)
-        here, news = asyncio.get_running_loop(), asyncio.Queue[Any]()
-
-        async def listen() -> None:
-            asked = self._engine.generate({"prompt_embeds": prompt}, sampling, number, lora_request=lora)
-            async for output in asked:
-                self.streamed += sum(len(made.token_ids) for made in output.outputs)
-                here.call_soon_threadsafe(news.put_nowait, output.outputs)
-
-        def ended(task: Any) -> None:
-            gone = EngineDiedError(f"the vLLM engine of {self.path} was closed")
-            with contextlib.suppress(RuntimeError):  # of a loop in which nobody listens any more
-                here.call_soon_threadsafe(news.put_nowait, gone if task.cancelled() else task.exception())
-
+        asked = {"prompt_embeds": prompt}
         number = f"stream-{next(self._numbers)}"
-        listening = asyncio.run_coroutine_threadsafe(listen(), self._loop)
-        listening.add_done_callback(ended)
+        made = relayed(lambda: self._engine.generate(asked, sampling, number, lora_request=lora), self._loop)
         self.under_way += 1
         try:
-            while (new := await news.get()) is not None:
-                if isinstance(new, EngineDeadError):
-                    self._died()
-                    raise EngineDiedError(f"the vLLM engine of {self.path} died: {new}") from new
-                if isinstance(new, BaseException):
-                    raise new
-                for made in new:
-                    yield made.index, _new(made), None if made.finish_reason is None else made.finish_reason == "stop"
+            async with contextlib.aclosing(made):
+                async for output in made:
+                    for new in output.outputs:
+                        self.streamed += len(new.token_ids)
+                        yield new.index, _new(new), None if new.finish_reason is None else new.finish_reason == "stop"
+        except EngineDeadError as error:
+            self._died()
+            raise EngineDiedError(f"the vLLM engine of {self.path} died: {error}") from error
         finally:
             self.under_way -= 1
-            listening.cancel()
 
     def _adapter(self, folder: Path) -> Any:
         from vllm.lora.request import LoRARequest

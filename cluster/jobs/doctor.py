@@ -30,7 +30,7 @@ from rich.text import Text
 from cluster.config import RunConfig
 from cluster.jobs import cluster_checks
 from cluster.jobs.findings import GIB, Check
-from experts import vllm_engine
+from experts import vllm_install
 from learner.compiled import OP, op_folder, stale_lock
 
 DISTRIBUTION = "n-musketeers"
@@ -194,10 +194,10 @@ def _is_prebuilt(folder: Path) -> bool:
 
 
 def _vllm() -> Check:
-    found = vllm_engine.version()
+    found = vllm_install.version()
     if found is None:
         return Check("vLLM", True, "not installed: engine: vllm needs it (make install-vllm)")
-    wanted = vllm_engine.SUPPORTED
+    wanted = vllm_install.SUPPORTED
     ok = wanted.contains(found.partition("+")[0], prereleases=True)
     return Check("vLLM", ok, f"{found} ({wanted})", "make install-vllm")
 

@@ -22,7 +22,7 @@ from experts.config import EngineConfig, ExpertConfig
 from experts.loading import ModelError, check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
 from experts.router import router_class
-from experts.vllm_engine import check_installed, is_for_cpus, supports
+from experts.vllm_install import check_installed, is_for_cpus, supports
 from learner.algorithms import ALGORITHMS
 from rewards.sources import Task, of_length
 

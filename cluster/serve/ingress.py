@@ -25,6 +25,7 @@ from cluster.serve.opening import Ready
 from cluster.serve.panel import Panel, Seen
 from cluster.serve.protocol import ApiError, ChatRequest, CompletionRequest
 from cluster.serve.replicas import Opening, Said
+from cluster.serve.replies import Chunks, choice, piece, whole
 from experts.router import Asks
 from rollout.answerer import PromptError, PromptTooLongError
 from rollout.continuous import Decoding
@@ -274,9 +275,9 @@ class Server:
         choices, tokens = [], 0
         for at, each in enumerate(answering):
             async for said in each.pieces():
-                choices.append(_choice(asked, at * asked.n + said.sample, said))
+                choices.append(whole(asked, at * asked.n + said.sample, said))
                 tokens += said.tokens
-        choices.sort(key=lambda choice: choice["index"])
+        choices.sort(key=lambda each: each["index"])
         body = protocol.envelope(chat, False, self.facts.name, protocol.new_id(chat), int(time.time()), choices)
         prompt = sum(each.opening.prompt_tokens for each in answering)
         self.measures.used(prompt, tokens)
@@ -291,12 +292,12 @@ class Server:
     ) -> AsyncGenerator[str]:
         """Server-sent events; the last chunk of each choice says why it ended, and what the router looked at."""
         chat, outcome = isinstance(asked, ChatRequest), "left"
-        chunks = _Chunks(asked, self.facts.name)
+        chunks = Chunks(asked, self.facts.name)
         prompt, tokens = sum(each.opening.prompt_tokens for each in answering), 0
         try:
             if chat:
                 for sample in range(asked.n):
-                    yield chunks.event([_delta(sample, delta={"role": "assistant", "content": ""})])
+                    yield chunks.event([choice(sample, delta={"role": "assistant", "content": ""})])
             for at, each in enumerate(answering):
                 pieces = each.pieces()
                 while True:
@@ -308,7 +309,7 @@ class Server:
                         self.measures.first(time.perf_counter() - start)
                     tokens += said.tokens
                     extension = {} if said.finish is None else {"musketeers": self._extension([each])}
-                    yield chunks.event([_piece(asked, at * asked.n + said.sample, said)], **extension)
+                    yield chunks.event([piece(asked, at * asked.n + said.sample, said)], **extension)
             self.measures.used(prompt, tokens)
             if asked.with_usage:
                 yield chunks.event([], usage=protocol.usage(prompt, tokens))
@@ -354,21 +355,6 @@ class _Stream(StreamingResponse):
             await self._events.aclose()
 
 
-class _Chunks:
-    """A stream's chunks, which share their id and time."""
-
-    def __init__(self, asked: ChatRequest | CompletionRequest, model: str) -> None:
-        chat = isinstance(asked, ChatRequest)
-        self._asked = asked
-        self._head = (chat, True, model, protocol.new_id(chat), int(time.time()))
-
-    def event(self, choices: list[Any], **more: Any) -> str:
-        """One, as it is sent."""
-        chunk = protocol.envelope(*self._head, choices)
-        usage = {"usage": None} if self._asked.with_usage else {}
-        return f"data: {json.dumps(chunk | usage | more)}\n\n"
-
-
 def _close(answering: Sequence[_Answering]) -> None:
     """Ends what is still under way of these."""
     for each in answering:
@@ -398,27 +384,3 @@ def _refused(error: RayTaskError) -> ApiError:
         code = "context_length_exceeded" if isinstance(cause, PromptTooLongError) else None
         return ApiError(400, str(cause), code, "messages")
     return ApiError(500, f"the policy failed: {type(cause).__name__}: {cause}", "internal_error")
-
-
-def _choice(asked: ChatRequest | CompletionRequest, index: int, said: Said) -> dict[str, Any]:
-    """One of a whole response."""
-    if isinstance(asked, ChatRequest):
-        logprobs = protocol.logprobs_of(True, said.words, said.logprobs) if asked.logprobs else None
-        message = {"role": "assistant", "content": said.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": said.finish}
-    logprobs = protocol.logprobs_of(False, said.words, said.logprobs) if asked.logprobs is not None else None
-    return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish}
-
-
-def _piece(asked: ChatRequest | CompletionRequest, index: int, said: Said) -> dict[str, Any]:
-    """One of a chunk."""
-    if isinstance(asked, ChatRequest):
-        logprobs = protocol.logprobs_of(True, said.words, said.logprobs) if asked.logprobs else None
-        delta = {"content": said.text} if said.text or said.finish is None else {}
-        return _delta(index, delta=delta, logprobs=logprobs, finish_reason=said.finish)
-    logprobs = protocol.logprobs_of(False, said.words, said.logprobs) if asked.logprobs is not None else None
-    return _delta(index, text=said.text, logprobs=logprobs, finish_reason=said.finish)
-
-
-def _delta(index: int, **parts: Any) -> dict[str, Any]:
-    return {"index": index, "logprobs": None, "finish_reason": None, **parts}
