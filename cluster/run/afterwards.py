@@ -15,7 +15,7 @@ from cluster.run import checkpoint, groups
 from cluster.run.ablation import Intervention
 from cluster.run.asked import asked_by
 from cluster.run.baselines import KnownBaselines, fingerprints
-from cluster.run.evaluate import Evaluator
+from cluster.run.evaluate import Evaluator, digest_of
 from cluster.run.folder import RunFolder, RunFolderError
 from cluster.run.preflight import check_models, check_prompts
 from cluster.run.reporting import attention_by_task, report_run
@@ -127,7 +127,7 @@ def evaluate_run(asked: Asked, samples: int | None, console: Console) -> None:
     config, folder, tasks, started = _open(asked.run)
     count = config.sampling.samples if samples is None else samples
 
-    async def measure() -> tuple[Any, dict[str, float], dict[str, Any] | None]:
+    async def measure() -> tuple[str, Any, dict[str, float], dict[str, Any] | None]:
         known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
         evaluator = Evaluator(config, started.fleet, tasks, known)
         router = saved.learner.snapshot
@@ -140,13 +140,14 @@ def evaluate_run(asked: Asked, samples: int | None, console: Console) -> None:
             **await evaluator.baselines(chosen, router),
         }
         right = await evaluator.sampled(chosen, router, count) if count else None
-        return systems, attention, None if right is None else passes.pass_rates(right, count)
+        return digest_of(chosen), systems, attention, None if right is None else passes.pass_rates(right, count)
 
     try:
-        systems, attention, sampled = asyncio.run(measure())
+        digest, systems, attention, sampled = asyncio.run(measure())
     finally:
         started.fleet.close()
-    line = {"step": saved.step, "kind": f"again-{asked.split}", "systems": systems, "attention": attention}
+    line = {"step": saved.step, "kind": f"again-{asked.split}", "prompts": digest}
+    line |= {"systems": systems, "attention": attention}
     logs.JsonLines(folder.eval).append(line | ({"sampled": sampled} if sampled else {}))
     print_results(console, systems, attention=attention_by_task(attention))
     if sampled:

@@ -5,6 +5,7 @@ The same workers as in training, an explicit router, outside admission.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ from rollout.types import Prompt, RewardStatus, Sampling
 Evaluation = dict[str, Result]
 Ask = Callable[[Sequence[Prompt]], list[Stage]]
 RIGHT = 0.99  # a verifier that grades in floats may fall short of 1 by rounding
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """Tells evaluations of other prompts apart."""
+    return hashlib.sha256("\n".join(prompt.key for prompt in prompts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def read(folder: Path, name: str | None = None) -> Run:
         constant=not config.trains,
         operations=spent("experts", "rollout", "learner"),
         operations_cold=spent("experts_cold", "rollout", "learner"),
+        prompts=after.get("prompts", ""),
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.run import checkpoint, groups
-from cluster.run.evaluate import Evaluation, Evaluator, summary_of
+from cluster.run.evaluate import Evaluation, Evaluator, digest_of, summary_of
 from cluster.run.fleet import Fault, Reference
 from cluster.run.folder import RunFolder, naming
 from cluster.run.reporting import attention_by_task, report_run, versions
@@ -21,7 +21,7 @@ from cluster.watch.tables import print_results
 from experts.joining import is_of
 from experts.state import RouterShape
 from learner.learner import LearnerState
-from rollout.types import Group
+from rollout.types import Group, Prompt
 
 if TYPE_CHECKING:
     from cluster.run.driver import Driver
@@ -111,15 +111,21 @@ class Records:
             return
         prompts = self.evaluator.prompts("validation", self.config.evaluation.validation_prompts)
         result, attention = await self.evaluator.router(prompts, router)
-        self.evaluation(step, "validation", {"router": result}, attention)
+        self.evaluation(step, "validation", prompts, {"router": result}, attention)
         shown = ", ".join(f"{task} {accuracy:.2f}" for task, accuracy in result["tasks"].items())
         self.watch.note(f"step {step}, validation: {shown}")
 
     def evaluation(
-        self, step: int, kind: str, systems: Evaluation, attention: Mapping[str, float] | None = None
+        self,
+        step: int,
+        kind: str,
+        prompts: Sequence[Prompt],
+        systems: Evaluation,
+        attention: Mapping[str, float] | None = None,
     ) -> None:
-        """One line of `eval.jsonl`: `kind` is before, validation or after."""
-        self._eval.append({"step": step, "kind": kind, "systems": systems, "attention": dict(attention or {})})
+        """One line of `eval.jsonl`: `kind` is before, validation or after, `prompts` a hash of them."""
+        line = {"step": step, "kind": kind, "prompts": digest_of(prompts), "systems": systems}
+        self._eval.append(line | {"attention": dict(attention or {})})
 
     def close(self) -> None:
         """Ends what writes elsewhere; any number of times."""

@@ -191,7 +191,7 @@ class Session:
         with self.console.status("measuring the untrained router and the frozen baselines"):
             result, _ = await evaluator.router(prompts, router)
             before = {"router": result, **await evaluator.baselines(prompts, router)}
-        records.evaluation(0, "before", before)
+        records.evaluation(0, "before", prompts, before)
         return before
 
     async def _after(
@@ -205,7 +205,7 @@ class Session:
                 "shuffled": await evaluator.shuffled(prompts, driver.learning.router, within_task=False),
                 **baselines_of(before),
             }
-        records.evaluation(driver.step, "after", after, attention)
+        records.evaluation(driver.step, "after", prompts, after, attention)
         return after, attention
 
     async def _frozen(self, started: Started) -> list[dict[str, Any]]:

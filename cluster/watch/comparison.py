@@ -36,6 +36,7 @@ class Run:
     settings: its flat configuration.  outcomes: of its router, per task, 0 or 1 a prompt.
     name: of its arm; None lets `settings` tell.  constant: nothing in it was trained, so that it is the same for all
         seeds.
+    prompts: a hash of those that it was measured on; empty in runs that did not write one.
     operations, operations_cold: floating-point operations of its training, and what they would be without a cache of
         the experts' features.
     """
@@ -50,6 +51,7 @@ class Run:
     constant: bool = False
     operations: float = 0.0
     operations_cold: float = 0.0
+    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
         ComparisonError: when runs answered different prompts, an arm has a seed twice, or an arm shares no seed with
             the first.
     """
-    if len({tuple((task, len(given)) for task, given in sorted(run.outcomes.items())) for run in runs}) > 1:
+    counts = {tuple((task, len(given)) for task, given in sorted(run.outcomes.items())) for run in runs}
+    if len(counts) > 1 or len({run.prompts for run in runs} - {""}) > 1:
         raise ComparisonError("the runs answered different held-out prompts: compare runs of equal data and evaluation")
     arms: dict[str, dict[int, Run]] = {}
     for run, label in zip(runs, labels(runs), strict=True):

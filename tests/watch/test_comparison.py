@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +95,10 @@ def test_files(tmp_path: Path) -> None:
     rows = list(csv.DictReader(written["results.csv"].splitlines()))
     assert len(rows) == 6 and rows[0]["difference"] == "" and float(rows[3]["difference"]) > 0
     assert markdown(arms).count("\n") == 4 and "router.kind=perceiver" in written["results.md"]
+
+
+def test_as_many_other_prompts_are_refused_too() -> None:
+    ours, theirs = (replace(run("perceiver", seed), prompts=digest) for seed, digest in ((0, "a"), (1, "b")))
+    with pytest.raises(ComparisonError, match="different held-out prompts"):
+        compare([ours, theirs])
+    assert compare([ours, replace(theirs, prompts="")])
