@@ -74,8 +74,8 @@ def serve(given: argparse.Namespace) -> None:
         nothing = replace(opened.trained, snapshot=RouterSnapshot.of({}, 0, 0))
         opened = replace(opened, trained=nothing, config=opened.config.model_copy(update={"router": router}))
     ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
     join_cluster(None, None, APPLICATION)
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())  # after Ray, which sets its own
     try:
         start(opened, Options(port=int(given.server[0]), name="served"), None, ended)
         print("ready", flush=True)
