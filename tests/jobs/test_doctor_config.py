@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.config import load
 from cluster.jobs import cluster_checks, doctor
-from experts import vllm_engine
+from experts import vllm_install
 from tests.models import make
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_no_ray(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_vllm(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "version", lambda: "0.31.0+cpu")
+    monkeypatch.setattr(vllm_install, "version", lambda: "0.31.0+cpu")
     status, said = visit(model, tmp_path)
     assert status == 1 and "vLLM FAIL 0.31.0+cpu" in said and "make install-vllm" in said
 
