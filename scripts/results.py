@@ -3,16 +3,20 @@
     make results                                   # everything; days on two cores, and it can be interrupted
     python scripts/results.py --only needless      # one of them
     python scripts/results.py --only composed --no-runs   # what has finished so far
+    python scripts/results.py --published          # go on from the published runs: train only what they lack
 
-Explanations stand in docs/results.md between the generated parts, and stay.
+What has finished is kept beside the page, in docs/results/*.tar.xz: of each run its settings, the verdict on every
+answer and its metrics.  Explanations stand in docs/results.md between the generated parts, and stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import sys
+import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +29,16 @@ sys.path.insert(0, str(ROOT))
 
 from cluster.run import finished  # noqa: E402 - the project may not be installed
 from cluster.run.guarded import guarded  # noqa: E402
+from cluster.run.sweep import Arm as SweepArm  # noqa: E402
 from cluster.run.sweep import Point, grid, named_arms, tuned, tuning  # noqa: E402
 from cluster.run.sweeping import Plan, comparable, run  # noqa: E402
-from cluster.watch import comparison  # noqa: E402
+from cluster.watch import comparison, logs  # noqa: E402
 from cluster.watch.comparison import Arm, Cell, Run  # noqa: E402
 
 TEXT, ORACLE, FROZEN = "experts' answers as text", "oracle route, hindsight", "frozen policy alone"
-PAGE, DATA = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
+PAGE, DATA, RUNS = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json", ROOT / "docs" / "results"
+PUBLISHED = ("config.yaml", "eval.jsonl", "summary.json")  # of a run; with some of its metrics all that is compared
+CURVES = ("step", "reward", "operations")
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS])
     parser.add_argument("--no-runs", action="store_true", help="train nothing: write what has finished")
+    parser.add_argument("--published", action="store_true", help="go on from the runs in docs/results")
     parser.add_argument("--root", default="runs/results", help="where the runs are")
     parser.add_argument("--parallel", type=int, default=2, help="runs at once")
     return parser.parse_args()
@@ -106,36 +114,90 @@ def main() -> None:
         plan = Plan(
             ROOT / section.recipe, fixed, named_arms(ROOT / section.arms), section.seeds, section.tune, "make results"
         )
+        if given.published:
+            _restore(section, Path(given.root))
         if not given.no_runs and not run(plan, given.parallel, None, None, console):
             raise SystemExit(f"{section.name}: not every run has succeeded; the same command goes on")
-        found = _finished(plan, console)
-        if found is None:
-            console.print(f"{section.name}: nothing has finished yet")
-            continue
-        _write(section, *found)
+        ended = _ended(plan)
+        if ended.folders:
+            _publish(section, ended.folders)
+        if ended.arms and (runs := _compared(ended.points, ended.arms, console)):
+            _write(section, runs, ended.tried)
+        else:
+            console.print(f"{section.name}: too little has finished for a comparison")
     console.print(PAGE, DATA, highlight=False)
 
 
-def _finished(plan: Plan, console: Console) -> tuple[list[Run], dict[str, Any]] | None:
-    """The runs that have ended, baselines among them, and what tuning has chosen."""
-    arms, chosen = plan.arms, dict[str, Any]()
-    if plan.tune:
-        trials = tuning(plan.recipe, plan.overrides, arms, plan.tune)
-        if not all(point.finished for points in trials.values() for point in points):
-            return None
-        scores = {point: finished.validated(point.config.folder) for points in trials.values() for point in points}
-        arms = tuned(arms, trials, scores.__getitem__)
-        chosen = {arm.name: {point.arm.overrides[-1]: scores[point] for point in trials[arm]} for arm in trials}
-    points: list[Point] = grid(plan.recipe, plan.overrides, arms, plan.seeds)
-    done = comparable([point for point in points if point.finished], arms, console)
-    if not done:
-        return None
-    runs = [finished.read(point.config.folder, point.arm.name) for point in done]
+@dataclass(frozen=True)
+class Ended:
+    """What has ended of a plan.
+
+    folders: of every run, tuning's too.  tried: each arm's accuracies on validation prompts, by setting.
+    arms, points: what is compared; none before tuning is over.
+    """
+
+    folders: list[Path]
+    tried: dict[str, dict[str, float]]
+    arms: list[SweepArm]
+    points: list[Point]
+
+
+def _ended(plan: Plan) -> Ended:
+    trials = tuning(plan.recipe, plan.overrides, plan.arms, plan.tune) if plan.tune else {}
+    tried = [point for points in trials.values() for point in points]
+    ended = [point.config.folder for point in tried if point.finished]
+    if len(ended) < len(tried):
+        return Ended(ended, {}, [], [])
+    scores = {point: finished.validated(point.config.folder) for point in tried}
+    measured = {
+        str(arm.name): {each.arm.overrides[-1]: scores[each] for each in points} for arm, points in trials.items()
+    }
+    chosen = tuned(plan.arms, trials, scores.__getitem__)
+    done = [point for point in grid(plan.recipe, plan.overrides, chosen, plan.seeds) if point.finished]
+    return Ended([*ended, *(point.config.folder for point in done)], measured, chosen, done)
+
+
+def _compared(done: Sequence[Point], arms: Sequence[SweepArm], console: Console) -> list[Run]:
+    """Arm by arm, and the baselines that the first run measured; nothing while the first arm has no run."""
+    kept = comparable(done, arms, console)
+    if not kept:
+        return []
+    runs = [finished.read(point.config.folder, point.arm.name) for point in kept]
     known = {run.name for run in runs}
-    return [*runs, *(run for run in finished.frozen(done[0].config.folder) if run.name not in known)], chosen
+    return [*runs, *(run for run in finished.frozen(kept[0].config.folder) if run.name not in known)]
 
 
-def _write(section: Section, runs: Sequence[Run], tried: dict[str, Any]) -> None:
+def _restore(section: Section, root: Path) -> None:
+    """The published runs, where there is no folder of their name."""
+    source = RUNS / f"{section.name}.tar.xz"
+    if not source.is_file():
+        return
+    with tarfile.open(source) as archive:
+        here = {folder.name for folder in root.glob("*")}
+        wanted = [member for member in archive.getmembers() if Path(member.name).parts[0] not in here]
+        archive.extractall(root, wanted, filter="data")
+
+
+def _publish(section: Section, folders: Sequence[Path]) -> None:
+    """What the comparison was made of, for those who doubt it or go on with it."""
+    RUNS.mkdir(exist_ok=True)
+    with tarfile.open(RUNS / f"{section.name}.tar.xz", "w:xz") as archive:
+        for folder in sorted(folders):
+            for name in PUBLISHED:
+                _add(archive, f"{folder.name}/{name}", (folder / name).read_bytes())
+            lines = logs.read(folder / "metrics.jsonl")
+            kept = [{key: line[key] for key in line if key.partition("/")[0] in CURVES} for line in lines]
+            _add(archive, f"{folder.name}/metrics.jsonl", "".join(f"{json.dumps(each)}\n" for each in kept).encode())
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Without the clock and the users of this machine, so that the same runs make the same file."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, float]]) -> None:
     arms = comparison.compare(runs)
     pairs = {pair: _difference(runs, *pair) for pair in section.pairs}
     primary = comparison.primary(arms, section.beyond)
@@ -168,7 +230,7 @@ def _markdown(
     arms: Sequence[Arm],
     primary: comparison.Primary | None,
     pairs: dict[tuple[str, str], Cell],
-    tried: dict[str, Any],
+    tried: dict[str, dict[str, float]],
 ) -> str:
     lines = [f"`{section.recipe}`, `{section.arms}`; {len(arms[0].seeds)} seeds.", ""]
     if primary is not None:
