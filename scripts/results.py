@@ -78,7 +78,7 @@ SECTIONS = (
         "configs/quickstart.yaml",
         "configs/arms/composed.yaml",
         10,
-        "learner.learning_rate=5.0e-5,3.0e-4,2.0e-3",
+        "learner.learning_rate=3.0e-5,3.0e-4,2.0e-3",
         (("router", TEXT), ("router", "self"), ("router", "untrained experts"), ("router and LoRA 8", "LoRA 8")),
     ),
     Section(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ APPLICATION = "musketeers"
 WATCH_S = 5.0
 QUEUED = 1024  # requests that wait for a deployment; further ones are refused at once
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+PROXY_READY_S = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"  # three such checks; on a busy machine its 5 s are too few
 
 
 class ServeError(RuntimeError):
@@ -73,6 +75,7 @@ def serve_trained(place: str, step: int | None, overrides: Sequence[str], option
     os.environ.pop(VARIABLE, None)  # Ray's processes inherit the environment, and are told the digest only
     os.environ[DIGEST] = digest(key)
     os.environ[PROXY_CALLBACK] = "cluster.serve.keys.proxy_middlewares"
+    os.environ.setdefault(PROXY_READY_S, "60")
     from cluster.run.actors import join_cluster, leave_cluster
 
     cluster = join_cluster(options.address, None, APPLICATION)
@@ -148,21 +151,28 @@ def start(opened: Ready, options: Options, key: str | None, stopped: threading.E
         ServeError: naming the deployment that does not start, and why.
     """
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
+    from ray.serve.schema import LoggingConfig, ProxyStatus
 
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     http = HTTPOptions(host=options.host, port=options.port)
-    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    # A proxy that is not up within Serve's own minute is waited for below: its controller goes on starting it.
+    with contextlib.suppress(TimeoutError, RayActorError):
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
     target = serve.RunTarget(application(opened, options, key), name=APPLICATION, logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
     deadline = time.monotonic() + opened.config.ray.start_deadline_s
     while not stopped.wait(0.2):
-        status = serve.status().applications[APPLICATION]
-        if status.status == "RUNNING":
+        everything = serve.status()
+        status, proxies = everything.applications[APPLICATION], everything.proxies.values()
+        listens = bool(proxies) and all(proxy == ProxyStatus.HEALTHY for proxy in proxies)
+        if status.status == "RUNNING" and listens:
             return
-        if status.status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
+        if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ServeError(_why(status))
+        if time.monotonic() > deadline:
+            raise ServeError(_why(status) if listens else f"Ray Serve does not listen on {options.host}:{options.port}")
 
 
 def application(opened: Ready, options: Options, key: str | None) -> Any:
