@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
 
@@ -23,6 +24,9 @@ STACK_LINES = 1000
 STACK_WAIT_S = 5.0
 LONGEST_S = 30.0  # until a process to send a signal has started
 LOG_LINES = 40
+ACTOR_ID = re.compile(r"actor_id=([0-9a-f]+)")
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+AN_ERROR = re.compile(r"\b\w*(Error|Exception): \S")
 
 
 def answer_stack_requests() -> None:
@@ -55,10 +59,12 @@ class RayBackend:
         if isinstance(error, StuckError):
             return Fault("stuck", "", str(error))
         task = next((cause for cause in reversed(causes) if isinstance(cause, RayTaskError)), None)
-        blamed = handles.get(getattr(task, "_actor_id", None) or "")
+        # An error that Ray hands over has neither its actor nor its traceback as attributes, but its text has both; of
+        # calls within calls the innermost stands last.
+        trace = COLOURS.sub("", str(task)).strip() if task else ""
+        blamed = handles.get(next(reversed(ACTOR_ID.findall(trace)), ""))
         reason = causes[-1]
         detail = f"{type(reason).__name__}: {_line(reason)}"
-        trace = str(getattr(task, "traceback_str", "")).strip()
         return Fault("raised", blamed.name if blamed else "", detail, blamed, trace)
 
     def restart(self, handle: Any) -> None:
@@ -91,17 +97,18 @@ class RayBackend:
         return ""
 
     def log_tail(self, handle: Any) -> str:
-        """See `Backend`."""
-        return _log(handle, LOG_LINES)
+        """See `Backend`; of what it printed only errors: vLLM's engines print theirs."""
+        printed = [line for line in _log(handle, STACK_LINES, "out").splitlines() if AN_ERROR.search(line)]
+        return "\n".join([*dict.fromkeys(printed), _log(handle, LOG_LINES)]).strip()
 
 
-def _log(handle: Any, lines: int) -> str:
-    """The end of an actor's error log, from whatever node it is on."""
+def _log(handle: Any, lines: int, stream: Literal["out", "err"] = "err") -> str:
+    """The end of what an actor wrote, from whatever node it is on."""
     from ray.util.state import get_log
     from ray.util.state.exception import RayStateApiException
 
     with contextlib.suppress(RayStateApiException, RayError, OSError):
-        return "".join(get_log(actor_id=handle.actor_id, suffix="err", tail=lines, timeout=5)).strip()
+        return "".join(get_log(actor_id=handle.actor_id, suffix=stream, tail=lines, timeout=5)).strip()
     return ""
 
 

@@ -30,7 +30,7 @@ from cluster.run.masking import MaskedShare
 from cluster.run.monitor import Monitor, Outlet
 from cluster.run.preflight import model_facts
 from cluster.run.records import Records, baselines_of
-from cluster.run.recovery import Recovery, RunError
+from cluster.run.recovery import Recovery, unstarted
 from cluster.run.start import Started, start_inline, start_on_ray
 from cluster.run.starting import start_router
 from cluster.watch.live import Plan, Watch, make_watch
@@ -79,10 +79,7 @@ class Session:
                 return await self._train(started, resumed, begun, leaving)
             except started.fleet.backend.errors as error:
                 # While training and measuring, faults are dealt with; before that there is nothing to lose yet.
-                fault = started.fleet.backend.fault(error, started.fleet)
-                again = "" if fault.kind == "raised" else "; start it again, with --resume if it had a checkpoint"
-                trace = f"\n{fault.trace}" if fault.trace else ""
-                raise RunError(f"{fault}{again}{trace}") from error
+                raise await unstarted(error, started.fleet) from error
 
     async def _start(self, leaving: contextlib.ExitStack) -> Started:
         verifiers = {name: task.verifier for name, task in self.tasks.items()}

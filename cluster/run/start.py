@@ -13,6 +13,7 @@ from cluster.config import RunConfig
 from cluster.run.fleet import Fleet, Handle, Inline
 from cluster.run.preflight import model_path
 from cluster.run.recipe import Recipe
+from cluster.run.recovery import unstarted
 from cluster.run.replicas import Replicas
 from cluster.run.scoring import AsyncScoringWorker, ScoringWorker
 from experts.config import ExpertConfig
@@ -165,7 +166,17 @@ async def start_on_ray(
     learners = [spawn(r, next(free["learner"])) for r in ranks]
     pools = [Replicas(handles, steady=config.max_staleness == 0) for handles in copies]
     fleet = Fleet(experts, rollouts, rewards, learners, ray.deadline_s, backend, ray.start_deadline_s, copies=pools)
-    hosts: list[Any] = [*experts, *rollouts]
+    try:
+        return await _ready(config, fleet, copies, rollouts)
+    except backend.errors as error:
+        raise await unstarted(error, fleet) from error
+
+
+async def _ready(config: RunConfig, fleet: Fleet, copies: Sequence[Sequence[Any]], rollouts: Sequence[Any]) -> Started:
+    """Loads the models, and tells every worker of the others."""
+    ray = config.ray
+    learners: Sequence[Any] = fleet.learners
+    hosts: list[Any] = [*(handle for handles in copies for handle in handles), *rollouts]
     await load_in_turn(fleet, hosts)
     answers = await fleet.get_all(
         [handle.call("info") for handle in hosts], "what the experts and the policy are", ray.start_deadline_s
