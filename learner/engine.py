@@ -63,7 +63,8 @@ def import_deepspeed() -> Any:
 def init_ranks(place: Rendezvous) -> None:
     """Joins the process group, once a process; gloo on CPU, NCCL on GPUs."""
     deepspeed = import_deepspeed()
-    if not torch.cuda.is_available() and place.host.startswith("127."):
+    alone = place.world == 1
+    if not torch.cuda.is_available() and (alone or place.host.startswith("127.")):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(
         RANK=str(place.rank),
@@ -74,6 +75,9 @@ def init_ranks(place: Rendezvous) -> None:
     )
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if alone:
+            # Ranks that meet by address listen on every interface, for anyone: one rank has nobody to meet.
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
