@@ -77,7 +77,8 @@ def init_ranks(place: Rendezvous) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if alone:
             # Ranks that meet by address listen on every interface, for anyone: one rank has nobody to meet.
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch exports it by `import *`
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
