@@ -18,7 +18,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from cluster.watch.intervals import Interval
+from cluster.watch.intervals import unseen, widened
 from cluster.watch.results import COMPOSED, MEAN
 
 RESAMPLES = 10_000
@@ -130,7 +130,7 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
                 operations=float(np.mean([run.operations for run in mine.values()])),
                 operations_cold=float(np.mean([run.operations_cold for run in mine.values()])),
                 accuracy={column: crossed(alone, column, seed) for column in columns},
-                difference={c: crossed(differences, c, seed) for c in columns} if label != first_label else {},
+                difference={c: crossed(differences, c, seed, -1.0) for c in columns} if label != first_label else {},
                 by_seed={column: tuple(_mean(mine[s].outcomes, column) for s in trained) for column in columns},
             )
         )
@@ -176,22 +176,27 @@ def primary(arms: Sequence[Arm], beyond: Sequence[str] = ()) -> Primary | None:
     return Primary(column, first.label, best.label, Cell(0.0 - there.value, 0.0 - there.high, 0.0 - there.low))
 
 
-def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0) -> Cell:
+def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0, lowest: float = 0.0) -> Cell:
     """The mean over seeds and prompts with its interval; `outcomes` has one entry a seed.
 
-    A mean over tasks weighs them alike, and tasks' prompts are resampled each for itself.
+    A mean over tasks weighs them alike, and tasks' prompts are resampled each for itself.  A task whose outcomes are
+    all the same adds what `unseen` says of its prompts.
+
+    Args:
+        lowest: that an outcome can be: -1 for differences.
     """
     generator = np.random.default_rng(seed)
     tasks = list(outcomes[0]) if column == MEAN else [column]
     seeds = generator.multinomial(len(outcomes), [1 / len(outcomes)] * len(outcomes), size=RESAMPLES) / len(outcomes)
-    value, means = 0.0, np.zeros(RESAMPLES)
+    value, means, doubts = 0.0, np.zeros(RESAMPLES), []
     for task in tasks:
         table = np.array([given[task] for given in outcomes], dtype=float)
         prompts = table.shape[1]
         weights = generator.multinomial(prompts, [1 / prompts] * prompts, size=RESAMPLES) / prompts
         means += np.einsum("rs,sp,rp->r", seeds, table, weights, optimize=True) / len(tasks)
         value += table.mean() / len(tasks)
-    bounds = Interval(*(float(bound) for bound in np.percentile(means, [2.5, 97.5])))
+        doubts.append(unseen(prompts) if np.ptp(table) == 0 else 0.0)
+    bounds = widened(means, doubts, lowest)
     return Cell(float(value), bounds.low, bounds.high)
 
 

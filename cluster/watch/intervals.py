@@ -78,13 +78,14 @@ def paired_bootstrap(
     """Percentile interval for mean(first) - mean(second) where both answered the same prompts.
 
     first, second: per task, one outcome (0 or 1) per prompt, in the same order.  Prompts are resampled in
-    pairs and within their task; the seed is fixed, so the same outcomes always give the same interval.
+    pairs and within their task; the seed is fixed, so the same outcomes always give the same interval.  A task in which
+    no prompt differs adds what `unseen` says of it.
 
     Raises:
         ValueError: when tasks or prompts do not match.
     """
     generator = np.random.default_rng(seed)
-    means = np.zeros(resamples)
+    means, doubts = np.zeros(resamples), []
     for one, other in zip(first, second, strict=True):
         if len(one) != len(other) or not len(one):
             raise ValueError(f"paired outcomes need the same prompts, got {len(one)} and {len(other)}")
@@ -92,8 +93,32 @@ def paired_bootstrap(
         values, counts = np.unique(np.asarray(one, float) - np.asarray(other, float), return_counts=True)
         drawn = generator.multinomial(len(one), counts / len(one), size=resamples)
         means += drawn @ values / len(one) / len(first)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(low), float(high))
+        doubts.append(unseen(len(one)) if len(values) == 1 else 0.0)
+    return widened(means, doubts, lowest=-1.0)
+
+
+def unseen(prompts: int) -> float:
+    """How often something may happen that so many prompts have not shown: Wilson's upper limit for none of them.
+
+    Resampling equal outcomes gives them again, and an interval without width; this is what they leave open.
+    """
+    return wilson(Accuracy(0.0, prompts)).high
+
+
+def widened(means: np.ndarray, doubts: Sequence[float], lowest: float) -> Interval:
+    """The percentile interval of resampled means over tasks, with what each task's outcomes cannot say.
+
+    Args:
+        doubts: per task, in its own unit; 0 where its resamples differ.
+        lowest: that the estimate can be: 0 for an accuracy, -1 for a difference.
+    """
+    low, high = (float(bound) for bound in np.percentile(means, [2.5, 97.5]))
+    if not any(doubts):
+        return Interval(low, high)
+    value, doubt = float(means.mean()), _mean_spread(doubts)
+    return Interval(
+        max(lowest, value - math.hypot(value - low, doubt)), min(1.0, value + math.hypot(high - value, doubt))
+    )
 
 
 def _distances(accuracy: Accuracy) -> tuple[float, float]:

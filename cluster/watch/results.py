@@ -142,10 +142,10 @@ def compare(evaluation: Evaluation, baseline: str, column: str) -> Comparison:
     router, other = evaluation[ROUTER], evaluation[baseline]
     tasks = list(router["tasks"]) if column == MEAN else [column]
     one, two = _outcomes(router, tasks), _outcomes(other, tasks)
-    bounds = paired_bootstrap(one, two) if one is not None and two is not None else None
-    # Where every prompt differs alike, resampling shows no spread; that is not certainty.
-    paired = bounds is not None and bounds.low < bounds.high
-    if bounds is None or not paired:
+    paired = one is not None and two is not None
+    if one is not None and two is not None:
+        bounds = paired_bootstrap(one, two)
+    else:
         bounds = newcombe([_accuracy(router, task) for task in tasks], [_accuracy(other, task) for task in tasks])
     mine, theirs = accuracy(router, column) or 0.0, accuracy(other, column) or 0.0
     return Comparison(

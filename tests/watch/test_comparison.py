@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_one_seed_leaves_the_prompts() -> None:
     assert (
         cell.value == 0.5 and cell.low == pytest.approx(0.43, abs=0.02) and cell.high == pytest.approx(0.57, abs=0.02)
     )
+
+
+def test_equal_outcomes_are_no_certainty() -> None:
+    none = crossed([{"t": [0] * 200}] * 10, "t")
+    assert (none.value, none.low) == (0.0, 0.0) and none.high == pytest.approx(0.0188, abs=1e-4)
+    all_right = crossed([{"t": [1] * 200}], "t")
+    assert (all_right.value, all_right.high) == (1.0, 1.0) and all_right.low == pytest.approx(0.9812, abs=1e-4)
+    same = crossed([{"t": [0] * 200}] * 10, "t", lowest=-1.0)
+    assert (same.low, same.high) == (pytest.approx(-0.0188, abs=1e-4), pytest.approx(0.0188, abs=1e-4))
+    # Of two tasks one varies: its own interval, and half of what the other leaves open.
+    both = crossed([{"t": [0] * 200, "u": [0, 1] * 100}], "mean")
+    alone = crossed([{"u": [0, 1] * 100}], "u")
+    assert both.high - both.value == pytest.approx(math.hypot(alone.high - alone.value, 0.0188) / 2, abs=2e-3)
 
 
 def test_files(tmp_path: Path) -> None:

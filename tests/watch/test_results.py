@@ -71,7 +71,7 @@ def test_outcomes_without_spread_are_not_certainty() -> None:
     router, policy = with_outcomes(result(1.0, 1.0, 3), 3), with_outcomes(result(0.0, 0.0, 3), 3)
     comparison = verdict({"router": router, "frozen_policy": policy}).comparisons[0]
     assert comparison.low < comparison.difference == 1.0
-    assert not comparison.paired
+    assert comparison.paired
 
 
 def test_a_win_that_shuffled_features_share_is_qualified() -> None:
