@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from rollout.types import Message
 
 ANSWERS, PROMPT = "answers", "prompt"
@@ -21,6 +23,19 @@ def with_answers(template: str, messages: Sequence[Message], answers: Mapping[st
     pattern = "|".join(re.escape("{" + name + "}") for name in known)
     content = re.sub(pattern, lambda found: known[found.group()[1:-1]], template)
     return (*before, Message(role=last["role"], content=content))
+
+
+def cut(answer: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+    """At most so many tokens of an answer as the policy counts them, which may be more than the expert's own."""
+    given = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if len(given) <= tokens:
+        return answer
+    # What is cut between the bytes of a character counts for more than before.
+    for length in range(tokens, 0, -1):
+        kept = tokenizer.decode(given[:length])
+        if len(tokenizer(kept, add_special_tokens=False)["input_ids"]) <= tokens:
+            return kept
+    return ""
 
 
 def in_front(template: str, answers: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from rollout.config import PolicyConfig
 from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
 from rollout.engine import PolicyEngine, Request, TransformersEngine
 from rollout.operations import Operations
-from rollout.text import with_answers
+from rollout.text import cut, with_answers
 from rollout.types import Completion, Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
 
 
@@ -237,8 +237,13 @@ class RolloutWorker:
         """What the policy reads."""
         if not any(e.answers for e in encoded):
             return [prompt.messages for prompt in prompts]
-        template = self.router_config.text.template
-        said = [{e.expert: e.answers[row] for e in encoded} for row in range(len(prompts))]
+        text, tokenizer = self.router_config.text, self.policy.tokenizer
+        template, most = text.template, text.max_new_tokens
+
+        def fitting(answer: str) -> str:
+            return answer if most is None else cut(answer, tokenizer, most)
+
+        said = [{e.expert: fitting(e.answers[row]) for e in encoded} for row in range(len(prompts))]
         return [with_answers(template, p.messages, mine) for p, mine in zip(prompts, said, strict=True)]
 
     def _uniforms(self, prompt: Prompt, snapshot: RouterSnapshot, sampling: Sampling) -> np.ndarray | None:

@@ -25,6 +25,8 @@ from experts.router import router_class
 from experts.vllm_install import check_installed, is_for_cpus, supports
 from learner.algorithms import ALGORITHMS
 from rewards.sources import Task, of_length
+from rollout.text import with_answers
+from rollout.types import Message
 
 HALF_PRECISION = ("awq", "gptq", "fp8")  # quantised weights that vLLM runs in no other dtype
 LONGEST = 100  # prompts with most characters, among which the one with most tokens is looked for
@@ -137,10 +139,13 @@ def _check_expert(key: str, config: ExpertConfig, model: Mapping[str, Any], run:
 
 def _check_policy_length(config: RunConfig, model: Mapping[str, Any], what: str, prompt_tokens: int) -> None:
     # In front of a prompt stands the prefix or, where the experts' answers are measured as text, these.
+    template, names = config.router.text.template, [expert.name for expert in config.experts]
+    answers = sum(template.count(f"{{{name}}}") for name in names) + template.count("{answers}") * len(names)
     slots = {
         "router.latents": config.router.latents,
-        f"{len(config.experts)} experts' answers (router.text.max_new_tokens each)": len(config.experts)
-        * answer_tokens(config),
+        f"{answers} experts' answers in router.text.template (router.text.max_new_tokens each)": answers
+        * answer_tokens(config)
+        + _template_tokens(config),
     }
     widest = max(slots, key=lambda name: slots[name])
     parts = {
@@ -149,6 +154,14 @@ def _check_policy_length(config: RunConfig, model: Mapping[str, Any], what: str,
         "sampling.max_new_tokens": config.sampling.max_new_tokens,
     }
     _check_length("policy", config.policy, model, parts)
+
+
+def _template_tokens(config: RunConfig) -> int:
+    """What the template puts around a prompt besides the experts' answers, as the policy counts it."""
+    tokenizer = load_tokenizer(model_path(config.policy.model))
+    asked = [Message(role="user", content="1")]
+    around = with_answers(config.router.text.template, asked, {expert.name: "" for expert in config.experts})
+    return len(tokenize(tokenizer, around)) - len(tokenize(tokenizer, asked))
 
 
 def _check_length(key: str, config: EngineConfig, model: Mapping[str, Any], parts: Mapping[str, int]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
+from cluster.run.asked import answer_tokens
 from cluster.run.fleet import Fleet, Handle, Inline
 from cluster.run.preflight import model_path
 from cluster.run.recipe import Recipe
@@ -61,7 +62,8 @@ def rollout_recipes(config: RunConfig) -> list[Recipe]:
     """The policy's workers."""
     p = config.policy
     threads = share_of_cores(config, p.workers, p.threads)
-    args = (p, model_path(p.model), config.router, config.seed)
+    text = config.router.text.model_copy(update={"max_new_tokens": answer_tokens(config)})
+    args = (p, model_path(p.model), config.router.model_copy(update={"text": text}), config.seed)
     return [Recipe(f"Rollout({i})", RolloutWorker, (*args, i, threads), p.cpus, p.gpus) for i in range(p.workers)]
 
 

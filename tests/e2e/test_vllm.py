@@ -35,7 +35,7 @@ def test_a_run_whose_engines_are_killed_ends_by_itself_with_every_prompt_trained
     tmp_path: Path, wide: Path
 ) -> None:
     runs = Runs(tmp_path, wide)
-    vllm = ("engine: vllm", "max_model_tokens: 64", "kv_cache_gb: 0.125")
+    vllm = ("engine: vllm", "max_model_tokens: 160", "kv_cache_gb: 0.125")
     arguments = (
         "steps=60",
         "ray.dashboard_port=8293",

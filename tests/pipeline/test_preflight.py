@@ -115,18 +115,30 @@ def test_a_model_that_just_can_is_not(models: Path, expert: dict[str, Any]) -> N
 def test_a_policy_without_room_for_its_answers_is_refused(
     models: Path, policy: dict[str, Any], limit: int, whose: str
 ) -> None:
-    """Of the limit, 8 latents and 10 new tokens are not the prompt's; or, in their place, the experts' words."""
-    short = {"router": {"text": {"max_new_tokens": 4}}}
+    """Of the limit, 8 latents and 10 new tokens are not the prompt's; or, in their place, the text's."""
+    short = {"router": {"text": {"template": "{prompt}"}}}
     preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 18}, **short))
     sum_of = rf"data.max_prompt_tokens {limit - 17} \+ router.latents 8 \+ sampling.max_new_tokens 10"
     with pytest.raises(ConfigError, match=f"{sum_of} is more than .*{whose}.*, {limit}: .* cut short"):
         preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 17}, **short))
-    with pytest.raises(ConfigError, match=rf"{limit - 18} \+ 1 experts' answers .* 10 \+ sampling"):
+    with pytest.raises(ConfigError, match=rf"{limit - 18} \+ 1 experts' answers .* \d+ \+ sampling"):
         preflight.check_models(config(models, {}, policy, data={"max_prompt_tokens": limit - 18}))
 
 
+def test_the_template_s_own_words_and_every_answer_in_it_are_counted(models: Path) -> None:
+    text = {"template": "{e} and {e}: {prompt}", "max_new_tokens": 20}
+    given = {"router": {"text": text}, "data": {"max_prompt_tokens": 100}}
+    tokenizer = load_tokenizer(str(models / "good"))
+    words = len(tokenizer(" and : 1")["input_ids"]) - len(tokenizer("1")["input_ids"])
+    fits = 100 + (text_tokens := 2 * 20 + words) + 10
+    assert words > 2
+    preflight.check_models(config(models, {}, VLLM | {"max_model_tokens": fits}, **given))
+    with pytest.raises(ConfigError, match=rf"100 \+ 2 experts' answers .* {text_tokens} \+ sampling"):
+        preflight.check_models(config(models, {}, VLLM | {"max_model_tokens": fits - 1}, **given))
+
+
 def test_without_a_limit_the_longest_prompt_must_leave_room(models: Path) -> None:
-    short = {"router": {"text": {"max_new_tokens": 4}}}
+    short = {"router": {"text": {"template": "{prompt}"}}}
     made = config(models, {}, VLLM)
     tasks = build_tasks(made.data)
     tokenizer = load_tokenizer(str(models / "good"))
