@@ -216,9 +216,12 @@ def everything_has_data(address: str) -> None:
 
     def ask(query: str) -> list[Any]:
         try:
-            said = requests.get(f"{address}/api/v1/query", params={"query": query}, timeout=30).json()
+            answer = requests.get(f"{address}/api/v1/query", params={"query": query}, timeout=30)
         except requests.ConnectionError:
             return []
+        if answer.status_code == requests.codes.service_unavailable:
+            return []  # it listens before it is ready
+        said = answer.json()
         assert said["status"] == "success", said
         return [sample for sample in said["data"]["result"] if sample["value"][1] != "NaN"]
 
