@@ -64,8 +64,9 @@ def init_ranks(place: Rendezvous) -> None:
     """Joins the process group, once a process; gloo on CPU, NCCL on GPUs."""
     deepspeed = import_deepspeed()
     alone = place.world == 1
-    if not torch.cuda.is_available() and (alone or place.host.startswith("127.")):
+    if alone or (not torch.cuda.is_available() and place.host.startswith("127.")):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     os.environ.update(
         RANK=str(place.rank),
         LOCAL_RANK="0",

@@ -26,7 +26,7 @@ LONGEST_S = 30.0  # until a process to send a signal has started
 LOG_LINES = 40
 ACTOR_ID = re.compile(r"actor_id=([0-9a-f]+)")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-AN_ERROR = re.compile(r"\b\w*(Error|Exception): \S")
+AN_ERROR = re.compile(r"\b\w*(Error|Exception)(: \S|$)")
 
 
 def answer_stack_requests() -> None:
@@ -97,9 +97,9 @@ class RayBackend:
         return ""
 
     def log_tail(self, handle: Any) -> str:
-        """See `Backend`; of what it printed only errors: vLLM's engines print theirs."""
+        """See `Backend`; of what it printed only the last errors: vLLM's engines print theirs."""
         printed = [line for line in _log(handle, STACK_LINES, "out").splitlines() if AN_ERROR.search(line)]
-        return "\n".join([*dict.fromkeys(printed), _log(handle, LOG_LINES)]).strip()
+        return "\n".join([*printed[-LOG_LINES:], _log(handle, LOG_LINES)]).strip()
 
 
 def _log(handle: Any, lines: int, stream: Literal["out", "err"] = "err") -> str:
@@ -108,7 +108,9 @@ def _log(handle: Any, lines: int, stream: Literal["out", "err"] = "err") -> str:
     from ray.util.state.exception import RayStateApiException
 
     with contextlib.suppress(RayStateApiException, RayError, OSError):
-        return "".join(get_log(actor_id=handle.actor_id, suffix=stream, tail=lines, timeout=5)).strip()
+        return "".join(
+            get_log(actor_id=handle.actor_id, suffix=stream, tail=lines, timeout=5, errors="replace")
+        ).strip()
     return ""
 
 

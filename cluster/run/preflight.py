@@ -145,7 +145,8 @@ def _check_policy_length(config: RunConfig, model: Mapping[str, Any], what: str,
         "router.latents": config.router.latents,
         f"{answers} experts' answers in router.text.template (router.text.max_new_tokens each)": answers
         * answer_tokens(config)
-        + _template_tokens(config),
+        + _template_tokens(config)
+        + (template.count("{prompt}") - 1) * prompt_tokens,
     }
     widest = max(slots, key=lambda name: slots[name])
     parts = {
@@ -158,10 +159,11 @@ def _check_policy_length(config: RunConfig, model: Mapping[str, Any], what: str,
 
 def _template_tokens(config: RunConfig) -> int:
     """What the template puts around a prompt besides the experts' answers, as the policy counts it."""
-    tokenizer = load_tokenizer(model_path(config.policy.model))
-    asked = [Message(role="user", content="1")]
-    around = with_answers(config.router.text.template, asked, {expert.name: "" for expert in config.experts})
-    return len(tokenize(tokenizer, around)) - len(tokenize(tokenizer, asked))
+    tokenizer, gap = load_tokenizer(model_path(config.policy.model)), "\0"
+    asked = [Message(role="user", content=gap)]
+    (filled,) = with_answers(config.router.text.template, asked, {expert.name: gap for expert in config.experts})
+    # Piece by piece: what stands around a gap is not one token.
+    return sum(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in filled["content"].split(gap))
 
 
 def _check_length(key: str, config: EngineConfig, model: Mapping[str, Any], parts: Mapping[str, int]) -> None:

@@ -25,8 +25,7 @@ async def unstarted(error: Exception, fleet: Fleet) -> RunError:
     """What to say of a worker that failed before training began: with what its log says, and an engine's in it."""
     fault = fleet.backend.fault(error, fleet)
     log = await asyncio.to_thread(fleet.backend.log_tail, fault.who) if fault.who else ""
-    again = "" if fault.kind == "raised" else "; start it again, with --resume if it had a checkpoint"
-    said = [f"{fault}{again}", fault.trace, f"the end of its log:\n{log}" if log else ""]
+    said = [str(fault), fault.trace, f"the end of its log:\n{log}" if log else ""]
     return RunError("\n".join(part for part in said if part))
 
 

@@ -73,9 +73,9 @@ class Session:
             started.fleet.asked = asked_by(self.config, self.tasks)
             leaving.callback(started.fleet.close)
             leaving.callback(self.watch.stop)
-            if started.fleet.asked.what == "answers":
-                await started.fleet.prepare(answers=True)
             try:
+                if started.fleet.asked.what == "answers":
+                    await started.fleet.prepare(answers=True)
                 return await self._train(started, resumed, begun, leaving)
             except started.fleet.backend.errors as error:
                 # While training and measuring, faults are dealt with; before that there is nothing to lose yet.

@@ -7,13 +7,15 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.run.asked import answer_tokens
 from cluster.run.fleet import Reference
+from cluster.run.preflight import model_path
 from cluster.run.start import Started
 from cluster.run.trained import router_folder, saved_experts
 from experts.expert import Encoded, whole
 from experts.joining import with_newcomers
+from experts.loading import load_tokenizer
 from experts.state import Arrays, fitted, load_router
 from rewards.stream import PromptStream
-from rollout.text import in_front
+from rollout.text import cut, in_front
 
 
 async def start_router(config: RunConfig, started: Started, stream: PromptStream, console: Console) -> None:
@@ -83,7 +85,9 @@ async def _warm(
     said: list[Encoded] = whole(await fleet.get_all(asked, "the experts' words", limit, stages))
     await fleet.prepare(answers=False)
     template = config.router.text.template
-    texts = [in_front(template, {each.expert: each.answers[row] for each in said}) for row in range(len(prompts))]
+    tokenizer, most = load_tokenizer(model_path(config.policy.model)), answer_tokens(config)
+    heard = [{each.expert: cut(each.answers[row], tokenizer, most) for each in said} for row in range(len(prompts))]
+    texts = [in_front(template, mine) for mine in heard]
     if arrays is None:
         arrays = (await fleet.get(learner.call("snapshot"), "the router")).arrays
     encoded = [stage.reference for stage in fleet.encode(prompts)]

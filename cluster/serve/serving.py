@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -151,28 +150,38 @@ def start(opened: Ready, options: Options, key: str | None, stopped: threading.E
         ServeError: naming the deployment that does not start, and why.
     """
     from ray import serve
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayTaskError
     from ray.serve.config import HTTPOptions
+    from ray.serve.context import _get_global_client
     from ray.serve.schema import LoggingConfig, ProxyStatus
 
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     http = HTTPOptions(host=options.host, port=options.port)
-    # A proxy that is not up within Serve's own minute is waited for below: its controller goes on starting it.
-    with contextlib.suppress(TimeoutError, RayActorError):
+    try:
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    except RayTaskError as error:
+        raise ServeError(f"Ray Serve cannot listen on {options.host}:{options.port}: {error.cause}") from error
+    except (TimeoutError, RayActorError) as error:
+        # A proxy that is not up within Serve's own minute is waited for below: the controller goes on starting it.
+        if _get_global_client(raise_if_no_controller_running=False) is None:
+            raise ServeError(f"Ray Serve does not start: {error}") from error
     target = serve.RunTarget(application(opened, options, key), name=APPLICATION, logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
     deadline = time.monotonic() + opened.config.ray.start_deadline_s
     while not stopped.wait(0.2):
         everything = serve.status()
-        status, proxies = everything.applications[APPLICATION], everything.proxies.values()
-        listens = bool(proxies) and all(proxy == ProxyStatus.HEALTHY for proxy in proxies)
+        status = everything.applications[APPLICATION]
+        listens = ProxyStatus.HEALTHY in everything.proxies.values()
         if status.status == "RUNNING" and listens:
             return
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ServeError(_why(status))
         if time.monotonic() > deadline:
-            raise ServeError(_why(status) if listens else f"Ray Serve does not listen on {options.host}:{options.port}")
+            proxies = ", ".join(f"{proxy.value} on node {node}" for node, proxy in everything.proxies.items())
+            where = f"{options.host}:{options.port}"
+            raise ServeError(
+                _why(status) if listens else f"Ray Serve does not listen on {where}: {proxies or 'no proxy'}"
+            )
 
 
 def application(opened: Ready, options: Options, key: str | None) -> Any:

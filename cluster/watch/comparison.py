@@ -18,7 +18,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from cluster.watch.intervals import unseen, widened
+from cluster.watch.intervals import Accuracy, bounded
 from cluster.watch.results import COMPOSED, MEAN
 
 RESAMPLES = 10_000
@@ -179,8 +179,7 @@ def primary(arms: Sequence[Arm], beyond: Sequence[str] = ()) -> Primary | None:
 def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0, lowest: float = 0.0) -> Cell:
     """The mean over seeds and prompts with its interval; `outcomes` has one entry a seed.
 
-    A mean over tasks weighs them alike, and tasks' prompts are resampled each for itself.  A task whose outcomes are
-    all the same adds what `unseen` says of its prompts.
+    A mean over tasks weighs them alike, and tasks' prompts are resampled each for itself; see also `bounded`.
 
     Args:
         lowest: that an outcome can be: -1 for differences.
@@ -188,16 +187,15 @@ def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed
     generator = np.random.default_rng(seed)
     tasks = list(outcomes[0]) if column == MEAN else [column]
     seeds = generator.multinomial(len(outcomes), [1 / len(outcomes)] * len(outcomes), size=RESAMPLES) / len(outcomes)
-    value, means, doubts = 0.0, np.zeros(RESAMPLES), []
+    means, found = np.zeros(RESAMPLES), []
     for task in tasks:
         table = np.array([given[task] for given in outcomes], dtype=float)
         prompts = table.shape[1]
         weights = generator.multinomial(prompts, [1 / prompts] * prompts, size=RESAMPLES) / prompts
         means += np.einsum("rs,sp,rp->r", seeds, table, weights, optimize=True) / len(tasks)
-        value += table.mean() / len(tasks)
-        doubts.append(unseen(prompts) if np.ptp(table) == 0 else 0.0)
-    bounds = widened(means, doubts, lowest)
-    return Cell(float(value), bounds.low, bounds.high)
+        found.append(Accuracy(float(table.mean()), prompts))
+    bounds = bounded(means, found, lowest)
+    return Cell(sum(task.share for task in found) / len(found), bounds.low, bounds.high)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -78,14 +78,13 @@ def paired_bootstrap(
     """Percentile interval for mean(first) - mean(second) where both answered the same prompts.
 
     first, second: per task, one outcome (0 or 1) per prompt, in the same order.  Prompts are resampled in
-    pairs and within their task; the seed is fixed, so the same outcomes always give the same interval.  A task in which
-    no prompt differs adds what `unseen` says of it.
+    pairs and within their task; the seed is fixed, so the same outcomes always give the same interval.  See `bounded`.
 
     Raises:
         ValueError: when tasks or prompts do not match.
     """
     generator = np.random.default_rng(seed)
-    means, doubts = np.zeros(resamples), []
+    means, tasks = np.zeros(resamples), []
     for one, other in zip(first, second, strict=True):
         if len(one) != len(other) or not len(one):
             raise ValueError(f"paired outcomes need the same prompts, got {len(one)} and {len(other)}")
@@ -93,32 +92,27 @@ def paired_bootstrap(
         values, counts = np.unique(np.asarray(one, float) - np.asarray(other, float), return_counts=True)
         drawn = generator.multinomial(len(one), counts / len(one), size=resamples)
         means += drawn @ values / len(one) / len(first)
-        doubts.append(unseen(len(one)) if len(values) == 1 else 0.0)
-    return widened(means, doubts, lowest=-1.0)
+        tasks.append(Accuracy(float(values @ counts) / len(one), len(one)))
+    return bounded(means, tasks, lowest=-1.0)
 
 
-def unseen(prompts: int) -> float:
-    """How often something may happen that so many prompts have not shown: Wilson's upper limit for none of them.
+def bounded(means: np.ndarray, tasks: Sequence[Accuracy], lowest: float) -> Interval:
+    """The percentile interval of resampled means over tasks, and no narrower than what prompts cannot have shown.
 
-    Resampling equal outcomes gives them again, and an interval without width; this is what they leave open.
-    """
-    return wilson(Accuracy(0.0, prompts)).high
-
-
-def widened(means: np.ndarray, doubts: Sequence[float], lowest: float) -> Interval:
-    """The percentile interval of resampled means over tasks, with what each task's outcomes cannot say.
+    Resampling equal outcomes gives them again, and an interval without width.  But what none of n prompts has shown
+    may still happen to as many as Wilson's upper limit for 0 of n says: where all answers are wrong, so many may be
+    right.  Intervals of accuracies that are neither near 0 nor near 1 are wider than this by themselves.
 
     Args:
-        doubts: per task, in its own unit; 0 where its resamples differ.
-        lowest: that the estimate can be: 0 for an accuracy, -1 for a difference.
+        tasks: the estimate and the number of prompts of each.
+        lowest: that an outcome can be: 0 for an accuracy, -1 for a difference; the highest is 1.
     """
     low, high = (float(bound) for bound in np.percentile(means, [2.5, 97.5]))
-    if not any(doubts):
-        return Interval(low, high)
-    value, doubt = float(means.mean()), _mean_spread(doubts)
-    return Interval(
-        max(lowest, value - math.hypot(value - low, doubt)), min(1.0, value + math.hypot(high - value, doubt))
-    )
+    value = sum(task.share for task in tasks) / len(tasks)
+    unseen = [wilson(Accuracy(0.0, task.prompts)).high for task in tasks]
+    down = _mean_spread([rate * (task.share - lowest) for rate, task in zip(unseen, tasks, strict=True)])
+    up = _mean_spread([rate * (1.0 - task.share) for rate, task in zip(unseen, tasks, strict=True)])
+    return Interval(max(lowest, min(low, value - down)), min(1.0, max(high, value + up)))
 
 
 def _distances(accuracy: Accuracy) -> tuple[float, float]:

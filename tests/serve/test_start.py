@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve import context
 from ray.serve.schema import ProxyStatus
 
 from cluster.serve import serving
@@ -29,6 +31,7 @@ def given(
         return SimpleNamespace(applications={APPLICATION: ours}, proxies={"node": asked[-1]})
 
     monkeypatch.setattr(serve, "start", slow)
+    monkeypatch.setattr(context, "_get_global_client", lambda **_: object())
     monkeypatch.setattr(serve, "run_many", lambda *_, **__: None)
     monkeypatch.setattr(serve, "RunTarget", lambda *_, **__: None)
     monkeypatch.setattr(serve, "status", status)
@@ -49,8 +52,26 @@ def test_a_proxy_that_is_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_that_never_listens_is_named_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, [ProxyStatus.STARTING])
-    with pytest.raises(ServeError, match=r"does not listen on 127.0.0.1:8000"):
+    with pytest.raises(ServeError, match=r"does not listen on 127.0.0.1:8000: STARTING on node node"):
         started(start_deadline_s=0.0)
+
+
+def test_a_controller_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, [ProxyStatus.HEALTHY])
+    monkeypatch.setattr(context, "_get_global_client", lambda **_: None)
+    with pytest.raises(ServeError, match="does not start: HTTP proxies not available"):
+        started()
+
+
+def test_an_address_where_it_cannot_listen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, [ProxyStatus.HEALTHY])
+
+    def taken(**_: Any) -> None:
+        raise RayTaskError("ready", "trace", OSError("address already in use")).as_instanceof_cause()
+
+    monkeypatch.setattr(serve, "start", taken)
+    with pytest.raises(ServeError, match=r"cannot listen on 127.0.0.1:8000: address already in use"):
+        started()
 
 
 def test_a_deployment_that_fails_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,10 +93,15 @@ def test_equal_outcomes_are_no_certainty() -> None:
     assert (all_right.value, all_right.high) == (1.0, 1.0) and all_right.low == pytest.approx(0.9812, abs=1e-4)
     same = crossed([{"t": [0] * 200}] * 10, "t", lowest=-1.0)
     assert (same.low, same.high) == (pytest.approx(-0.0188, abs=1e-4), pytest.approx(0.0188, abs=1e-4))
-    # Of two tasks one varies: its own interval, and half of what the other leaves open.
-    both = crossed([{"t": [0] * 200, "u": [0, 1] * 100}], "mean")
-    alone = crossed([{"u": [0, 1] * 100}], "u")
-    assert both.high - both.value == pytest.approx(math.hypot(alone.high - alone.value, 0.0188) / 2, abs=2e-3)
+    # One answer more is no more certain than none.
+    one = crossed([{"t": [0] * 200}] * 9 + [{"t": [1] + [0] * 199}], "t")
+    assert one.low == 0.0 and one.high >= none.high
+    # At +1 a prompt that was not asked may be -1: twice the way.
+    apart = crossed([{"t": [1] * 200}], "t", lowest=-1.0)
+    assert (apart.low, apart.high) == (pytest.approx(1 - 2 * 0.0188, abs=1e-4), 1.0)
+    # An ordinary accuracy has the bootstrap's interval.
+    half = crossed([{"t": [0, 1] * 100}], "t")
+    assert half.high - half.value == pytest.approx(1.96 * math.sqrt(0.25 / 200), abs=0.006)
 
 
 def test_files(tmp_path: Path) -> None:

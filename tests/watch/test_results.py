@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from cluster.watch.intervals import Accuracy, newcombe
 from cluster.watch.results import verdict
 from cluster.watch.tables import print_results, result_rows
 from tests.watch.made_up import evaluation, result, with_outcomes
@@ -70,7 +71,8 @@ def test_outcomes_make_the_interval_paired() -> None:
 def test_outcomes_without_spread_are_not_certainty() -> None:
     router, policy = with_outcomes(result(1.0, 1.0, 3), 3), with_outcomes(result(0.0, 0.0, 3), 3)
     comparison = verdict({"router": router, "frozen_policy": policy}).comparisons[0]
-    assert comparison.low < comparison.difference == 1.0
+    independent = newcombe([Accuracy(1.0, 3)], [Accuracy(0.0, 3)])
+    assert comparison.low <= independent.low and comparison.difference == comparison.high == 1.0
     assert comparison.paired
 
 
