@@ -21,7 +21,8 @@ from cluster.run.fleet import Fault, Fleet, Handle, Reference, StuckError
 
 STACK_MARK = "Current thread"  # the one that took the signal: an actor's main thread, which runs its methods
 STACK_LINES = 1000
-STACK_WAIT_S = 5.0
+STACK_WAIT_S = 20.0
+STATE_S = 20  # for an answer of Ray's state API, which on a busy machine may take several seconds
 LONGEST_S = 30.0  # until a process to send a signal has started
 LOG_LINES = 40
 ACTOR_ID = re.compile(r"actor_id=([0-9a-f]+)")
@@ -109,7 +110,7 @@ def _log(handle: Any, lines: int, stream: Literal["out", "err"] = "err") -> str:
 
     with contextlib.suppress(RayStateApiException, RayError, OSError):
         return "".join(
-            get_log(actor_id=handle.actor_id, suffix=stream, tail=lines, timeout=5, errors="replace")
+            get_log(actor_id=handle.actor_id, suffix=stream, tail=lines, timeout=STATE_S, errors="replace")
         ).strip()
     return ""
 
@@ -126,7 +127,7 @@ def _signal(handle: Any, number: int) -> bool:
     from ray.util.state.exception import RayStateApiException
 
     try:
-        actor = get_actor(handle.actor_id, timeout=5)
+        actor = get_actor(handle.actor_id, timeout=STATE_S)
         if actor is None or not actor.pid:
             return False
         there = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
