@@ -109,10 +109,23 @@ def _log(handle: Any, lines: int, stream: Literal["out", "err"] = "err") -> str:
     from ray.util.state.exception import RayStateApiException
 
     with contextlib.suppress(RayStateApiException, RayError, OSError):
-        return "".join(
-            get_log(actor_id=handle.actor_id, suffix=stream, tail=lines, timeout=STATE_S, errors="replace")
-        ).strip()
+        parts = get_log(
+            actor_id=handle.actor_id,
+            suffix=stream,
+            tail=lines,
+            address=_own_cluster(),
+            timeout=STATE_S,
+            errors="replace",
+        )
+        return "".join(parts).strip()
     return ""
+
+
+def _own_cluster() -> str:
+    """This process's cluster: left to itself, Ray's state API asks whichever it finds first on the machine."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _kill(pid: int, number: int) -> None:
@@ -127,7 +140,7 @@ def _signal(handle: Any, number: int) -> bool:
     from ray.util.state.exception import RayStateApiException
 
     try:
-        actor = get_actor(handle.actor_id, timeout=STATE_S)
+        actor = get_actor(handle.actor_id, address=_own_cluster(), timeout=STATE_S)
         if actor is None or not actor.pid:
             return False
         there = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
