@@ -12,11 +12,9 @@ answer and its metrics.  Explanations stand in docs/results.md between the gener
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import sys
-import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,13 +30,12 @@ from cluster.run.guarded import guarded  # noqa: E402
 from cluster.run.sweep import Arm as SweepArm  # noqa: E402
 from cluster.run.sweep import Point, grid, named_arms, tuned, tuning  # noqa: E402
 from cluster.run.sweeping import Plan, comparable, run  # noqa: E402
-from cluster.watch import comparison, logs  # noqa: E402
+from cluster.watch import comparison  # noqa: E402
 from cluster.watch.comparison import Arm, Cell, Run  # noqa: E402
+from scripts.published import publish, restore  # noqa: E402
 
 TEXT, ORACLE, FROZEN = "experts' answers as text", "oracle route, hindsight", "frozen policy alone"
-PAGE, DATA, RUNS = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json", ROOT / "docs" / "results"
-PUBLISHED = ("config.yaml", "eval.jsonl", "summary.json")  # of a run; with some of its metrics all that is compared
-CURVES = ("step", "reward", "operations")
+PAGE, DATA = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
 
 
 @dataclass(frozen=True)
@@ -114,13 +111,14 @@ def main() -> None:
         plan = Plan(
             ROOT / section.recipe, fixed, named_arms(ROOT / section.arms), section.seeds, section.tune, "make results"
         )
+        archive = ROOT / "docs" / "results" / f"{section.name}.tar.xz"
         if given.published:
-            _restore(section, Path(given.root))
+            _restore(plan, archive, console)
         if not given.no_runs and not run(plan, given.parallel, None, None, console):
             raise SystemExit(f"{section.name}: not every run has succeeded; the same command goes on")
         ended = _ended(plan)
-        if ended.folders:
-            _publish(section, ended.folders)
+        if ended.folders and not publish(archive, ended.folders, console.print):
+            continue  # or the page would be about other runs than those beside it
         if ended.arms and (runs := _compared(ended.points, ended.arms, console)):
             _write(section, runs, ended.tried)
         else:
@@ -157,6 +155,14 @@ def _ended(plan: Plan) -> Ended:
     return Ended([*ended, *(point.config.folder for point in done)], measured, chosen, done)
 
 
+def _restore(plan: Plan, archive: Path, console: Console) -> None:
+    """The published runs of a plan: tuning's first, which decide on the others."""
+    trials = tuning(plan.recipe, plan.overrides, plan.arms, plan.tune) if plan.tune else {}
+    restore(archive, [point for points in trials.values() for point in points], console.print)
+    if arms := _ended(plan).arms:
+        restore(archive, grid(plan.recipe, plan.overrides, arms, plan.seeds), console.print)
+
+
 def _compared(done: Sequence[Point], arms: Sequence[SweepArm], console: Console) -> list[Run]:
     """Arm by arm, and the baselines that the first run measured; nothing while the first arm has no run."""
     kept = comparable(done, arms, console)
@@ -165,36 +171,6 @@ def _compared(done: Sequence[Point], arms: Sequence[SweepArm], console: Console)
     runs = [finished.read(point.config.folder, point.arm.name) for point in kept]
     known = {run.name for run in runs}
     return [*runs, *(run for run in finished.frozen(kept[0].config.folder) if run.name not in known)]
-
-
-def _restore(section: Section, root: Path) -> None:
-    """The published runs, where there is no folder of their name."""
-    source = RUNS / f"{section.name}.tar.xz"
-    if not source.is_file():
-        return
-    with tarfile.open(source) as archive:
-        here = {folder.name for folder in root.glob("*")}
-        wanted = [member for member in archive.getmembers() if Path(member.name).parts[0] not in here]
-        archive.extractall(root, wanted, filter="data")
-
-
-def _publish(section: Section, folders: Sequence[Path]) -> None:
-    """What the comparison was made of, for those who doubt it or go on with it."""
-    RUNS.mkdir(exist_ok=True)
-    with tarfile.open(RUNS / f"{section.name}.tar.xz", "w:xz") as archive:
-        for folder in sorted(folders):
-            for name in PUBLISHED:
-                _add(archive, f"{folder.name}/{name}", (folder / name).read_bytes())
-            lines = logs.read(folder / "metrics.jsonl")
-            kept = [{key: line[key] for key in line if key.partition("/")[0] in CURVES} for line in lines]
-            _add(archive, f"{folder.name}/metrics.jsonl", "".join(f"{json.dumps(each)}\n" for each in kept).encode())
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Without the clock and the users of this machine, so that the same runs make the same file."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
 
 
 def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, float]]) -> None:

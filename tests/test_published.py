@@ -1,0 +1,87 @@
+"""Published runs come back as they were, and are neither lost nor mixed up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import load
+from cluster.run.sweep import Arm, Point
+from scripts.published import names, publish, restore
+
+RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+
+def point(root: Path, name: str, *overrides: str) -> Point:
+    """A run of the quickstart."""
+    every = (f"root={root}", f"run={name}", *overrides)
+    return Point(load(RECIPE, every), every, Arm("", ()))
+
+
+def ran(root: Path, name: str, *overrides: str) -> Path:
+    """The folder that it leaves."""
+    config = point(root, name, *overrides).config
+    config.folder.mkdir(parents=True)
+    texts = {
+        "config.yaml": yaml.safe_dump(config.model_dump(mode="json")),
+        "eval.jsonl": json.dumps({"kind": "after", "run": name}) + "\n",
+        "summary.json": json.dumps({"steps": 300}),
+        "metrics.jsonl": json.dumps({"step": 1, "reward/composed": 0.5, "operations/learner": 7.0, "kl": 0.1}) + "\n",
+    }
+    for file, text in texts.items():
+        (config.folder / file).write_text(text)
+    (config.folder / "checkpoints").mkdir()
+    return config.folder
+
+
+def refuse(said: str) -> None:
+    raise AssertionError(said)
+
+
+def test_runs_come_back_elsewhere_without_their_old_place(tmp_path: Path) -> None:
+    folders = [ran(tmp_path / "old", name) for name in ("a", "b")]
+    archive = tmp_path / "docs" / "runs.tar.xz"
+    assert publish(archive, folders, refuse)
+    first = archive.read_bytes()
+    assert publish(archive, folders[::-1], refuse) and archive.read_bytes() == first
+    wanted = [point(tmp_path / "new", name) for name in ("a", "b", "c")]
+    restore(archive, wanted, refuse)
+    assert [each.finished for each in wanted] == [True, True, False]
+    back = wanted[0].config.folder
+    assert (back / "eval.jsonl").read_text() == (folders[0] / "eval.jsonl").read_text()
+    assert json.loads((back / "metrics.jsonl").read_text()) == {
+        "step": 1, "reward/composed": 0.5, "operations/learner": 7.0
+    }  # fmt: skip
+    assert str(tmp_path) not in (back / "config.yaml").read_text()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a", "b"]
+
+
+def test_an_archive_is_not_replaced_by_fewer_runs(tmp_path: Path) -> None:
+    folders = [ran(tmp_path, name) for name in ("a", "b")]
+    archive, said = tmp_path / "runs.tar.xz", list[str]()
+    publish(archive, folders, refuse)
+    assert not publish(archive, folders[1:], said.append)
+    assert names(archive) == ["a", "b"] and "--published" in said[0] and "(a is one)" in said[0]
+
+
+def test_a_run_that_cannot_be_read_leaves_the_archive_whole(tmp_path: Path) -> None:
+    folders = [ran(tmp_path, name) for name in ("a", "b")]
+    archive = tmp_path / "runs.tar.xz"
+    publish(archive, folders, refuse)
+    (folders[1] / "eval.jsonl").unlink()
+    with pytest.raises(FileNotFoundError):
+        publish(archive, folders, refuse)
+    assert names(archive) == ["a", "b"]
+
+
+def test_what_is_here_stays_and_what_had_other_settings_is_run_again(tmp_path: Path) -> None:
+    archive, said = tmp_path / "runs.tar.xz", list[str]()
+    publish(archive, [ran(tmp_path / "old", "a"), ran(tmp_path / "old", "b", "learner.learning_rate=1.0")], refuse)
+    (tmp_path / "new" / "a").mkdir(parents=True)
+    wanted = [point(tmp_path / "new", name) for name in ("a", "b")]
+    restore(archive, wanted, said.append)
+    assert not list((tmp_path / "new" / "a").iterdir()) and not wanted[1].config.folder.exists()
+    assert said == ["b was published with other settings (learner.learning_rate): it is run again"]
