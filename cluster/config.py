@@ -165,9 +165,13 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _gate(self) -> RunConfig:
         if self.router.gate is None:
-            wanted = self.router.kind == "perceiver" and not self.algorithm.dynamic_sampling
-            self.__dict__["router"] = self.router.model_copy(update={"gate": wanted})
+            self.__dict__["router"] = self.router.model_copy(update={"gate": self.gate_by_itself})
         return self
+
+    @property
+    def gate_by_itself(self) -> bool:
+        """What `router.gate` is where nobody says."""
+        return self.router.kind == "perceiver" and not self.algorithm.dynamic_sampling
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:

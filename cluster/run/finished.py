@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,11 @@ def read(folder: Path, name: str | None = None) -> Run:
     after = _last(run, "after")
     summary = json.loads(run.summary.read_text())
     settings = flat(config.model_dump(mode="json"))
-    kept: Mapping[str, Any] = {
+    kept: dict[str, Any] = {
         key: value for key, value in settings.items() if not matches(key, (*BESIDE_THE_POINT, *WHILE_TRAINING))
     }
+    if config.router.gate == config.gate_by_itself:
+        del kept["router.gate"]  # it follows from others, and would stand beside them in every label
     steps = logs.read(run.metrics)
 
     def spent(*stages: str) -> float:
