@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RESUMABLE, flat, matches
+from cluster.config import RESUMABLE, RunConfig, flat, matches
 from cluster.run.folder import RunFolder, RunFolderError
 from cluster.watch import logs
 from cluster.watch.comparison import Run
 from cluster.watch.results import ROUTER, SHUFFLED_WITHIN_TASK, label
+from experts.config import EngineConfig
 
 # Names and places, and what changes how fast a run is but not what it computes.
 BESIDE_THE_POINT = ("run", "root", "seed", *(key for key in RESUMABLE if key not in ("steps", "evaluation")))
@@ -52,6 +54,7 @@ def read(folder: Path, name: str | None = None) -> Run:
         operations=spent("experts", "rollout", "learner"),
         operations_cold=spent("experts_cold", "rollout", "learner"),
         prompts=after.get("prompts", ""),
+        frozen=_weights(config, summary),
     )
 
 
@@ -76,6 +79,14 @@ def validated(folder: Path) -> float:
     run = RunFolder(folder)
     run.saved_config()
     return float(_last(run, "validation")["systems"][ROUTER]["mean"])
+
+
+def _weights(config: RunConfig, summary: Mapping[str, Any]) -> dict[str, str]:
+    """A hash for every model that is what its name says (an untrained one is not), as transformers holds it."""
+    stored = [e for e in config.experts if e.weights == "stored" and e.engine == "transformers"]
+    named: dict[str, EngineConfig] = {"Learner(rank 0": config.policy, **{f"Expert({e.name}": e for e in stored}}
+    hosts = [(named.get(each["worker"].partition(")")[0].partition(",")[0]), each) for each in summary["frozen"]]
+    return {f"{host.model} in {host.dtype}": each["sha256_before"] for host, each in hosts if host}
 
 
 def _last(run: RunFolder, kind: str) -> dict[str, Any]:

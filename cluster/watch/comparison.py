@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Run:
     name: of its arm; None lets `settings` tell.  constant: nothing in it was trained, so that it is the same for all
         seeds.
     prompts: a hash of those that it was measured on; empty in runs that did not write one.
+    frozen: a hash of each model's weights, by what the configuration calls it.
     operations, operations_cold: floating-point operations of its training, and what they would be without a cache of
         the experts' features.
     """
@@ -52,6 +53,7 @@ class Run:
     operations: float = 0.0
     operations_cold: float = 0.0
     prompts: str = ""
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
     counts = {tuple((task, len(given)) for task, given in sorted(run.outcomes.items())) for run in runs}
     if len(counts) > 1 or len({run.prompts for run in runs} - {""}) > 1:
         raise ComparisonError("the runs answered different held-out prompts: compare runs of equal data and evaluation")
+    _same_models(runs)
     arms: dict[str, dict[int, Run]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
         if run.seed in (mine := arms.setdefault(label, {})):
@@ -174,6 +177,18 @@ def primary(arms: Sequence[Arm], beyond: Sequence[str] = ()) -> Primary | None:
     best = max(rivals, key=lambda arm: arm.accuracy[column].value)
     there = best.difference[column]
     return Primary(column, first.label, best.label, Cell(0.0 - there.value, 0.0 - there.high, 0.0 - there.low))
+
+
+def _same_models(runs: Sequence[Run]) -> None:
+    """Refuses runs in which one name stands for different weights: a zoo that was built again is another one."""
+    known: dict[str, tuple[str, Run]] = {}
+    for run in runs:
+        for model, weights in run.frozen.items():
+            first, other = known.setdefault(model, (weights, run))
+            if first != weights:
+                raise ComparisonError(
+                    f"{other.folder} and {run.folder} had different weights of {model}: compare runs of the same models"
+                )
 
 
 def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0, lowest: float = 0.0) -> Cell:

@@ -104,6 +104,17 @@ def test_equal_outcomes_are_no_certainty() -> None:
     assert half.high - half.value == pytest.approx(1.96 * math.sqrt(0.25 / 200), abs=0.006)
 
 
+def test_one_name_for_two_models_is_refused() -> None:
+    def built(kind: str, seed: int, policy: str) -> Run:
+        return replace(run(kind, seed), frozen={"zoo/composed/policy in float32": policy})
+
+    assert compare([built("static", 0, "a"), built("perceiver", 0, "a"), run("top1", 0)])
+    with pytest.raises(
+        ComparisonError, match="runs/static-0 and runs/perceiver-0 had different weights of zoo/composed"
+    ):
+        compare([built("static", 0, "a"), built("perceiver", 0, "b")])
+
+
 def test_files(tmp_path: Path) -> None:
     arms = compare([run("static", 0), run("perceiver", 0, 0.7)])
     written = {path.name: path.read_text() for path in write(arms, tmp_path)}
