@@ -204,7 +204,8 @@ def _killer(process: subprocess.Popen[str], after_s: float) -> threading.Thread:
     def kill() -> None:
         time.sleep(after_s)
         children = psutil.Process(process.pid).children(recursive=True)
-        next(child for child in children if any("expert-" in part for part in child.cmdline())).kill()
+        commands = {child: child.as_dict(["cmdline"])["cmdline"] or [] for child in children}  # a zombie has none
+        next(child for child, command in commands.items() if any("expert-" in part for part in command)).kill()
 
     thread = threading.Thread(target=kill)
     thread.start()

@@ -28,6 +28,7 @@ from cluster.serve.local import Musketeers
 from rollout.types import Rollout
 from tests.e2e.conftest import ROOT, Runs
 from tests.e2e.conftest import models as models
+from tests.processes import descendants
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 KEY = "a secret"
@@ -88,8 +89,7 @@ class Server:
 
     def replicas(self, name: str) -> list[psutil.Process]:
         """Processes of a deployment."""
-        mine = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in mine if any(name in part for part in child.cmdline())]
+        return descendants(psutil.Process(self.process.pid), name)
 
 
 @pytest.fixture(scope="module")

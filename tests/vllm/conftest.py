@@ -9,6 +9,7 @@ import pytest
 
 from tests.learner.conftest import deepspeed_alone as deepspeed_alone
 from tests.models import make
+from tests.processes import descendants
 
 FAMILIES = ("qwen2", "llama", "gpt_neox")
 ENGINE = {"engine": "vllm", "max_model_tokens": 128, "kv_cache_gb": 0.125}
@@ -23,8 +24,4 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def engine_processes() -> list[psutil.Process]:
     """vLLM's processes under this one."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if any("vllm" in part.lower() or "spawn_main" in part for part in child.cmdline())
-    ]
+    return descendants(psutil.Process(), "vllm", "spawn_main")
