@@ -129,7 +129,7 @@ class PrefixGradient:
             initial = None if initial_prefix is None else initial_prefix[rows]
             known = [measured[i] for i in rows]
             loss = self._loss([groups[i] for i in rows], leaf, old, initial, known, denominators, sums, adapters)
-            sums.add(operations=self._operations([groups[i] for i in rows], known, old is not None))
+            sums.add(operations=self._operations([groups[i] for i in rows], known, prefix.shape[1], old is not None))
             if loss.requires_grad:
                 loss.backward()
             if leaf.grad is not None:
@@ -171,14 +171,17 @@ class PrefixGradient:
             sums.add(kl=torch.where(counted, terms.kl, 0.0).sum().item(), kl_tokens=counted.sum().item())
         return terms.loss
 
-    def _operations(self, groups: Sequence[Group], measured: Sequence[bool], stale: bool) -> float:
+    def _operations(self, groups: Sequence[Group], measured: Sequence[bool], slots: int, stale: bool) -> float:
         """Of the policy: 2 a parameter and token forwards, as many backwards, where only inputs get a gradient."""
-        tokens = [
-            len(g.prompt_tokens) + sum(len(c.tokens) for c in {id(c): c for c in g.completions}.values())
-            for g in groups
-        ]
-        passes = [(3 if stale else 2) + asked for asked in measured]
-        return 2.0 * self.policy.parameters * sum(n * times for n, times in zip(tokens, passes, strict=True))
+        known = 0 if self.kl.reference == "no_prefix" else 1  # the reference reads a prefix too
+        passed = 0
+        for group, asked in zip(groups, measured, strict=True):
+            own = slots if group.draws.open else 0
+            tokens = len(group.prompt_tokens) + sum(
+                len(c.tokens) for c in {id(c): c for c in group.completions}.values()
+            )
+            passed += (3 if stale else 2) * (own + tokens) + asked * (known * own + tokens)
+        return 2.0 * self.policy.parameters * passed
 
     def _micro_batches(self, groups: Sequence[Group], wanted: list[int], slots: int) -> Iterator[list[int]]:
         """Places of groups that go through the policy together; with an adapter, those of one version."""

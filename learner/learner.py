@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experts.adapter import MARK, Adapter, LoraConfig, adapter_arrays, by_name
 from experts.config import RouterConfig
-from experts.expert import Encoded, whole
-from experts.joining import settle, train_only
+from experts.expert import Encoded
+from experts.joining import train_only
 from experts.loading import load_frozen, weights_sha256
+from experts.operations import RouterOperations
 from experts.prefix import sketch
-from experts.router import Perceiver, chooses
+from experts.router import chooses
 from experts.state import (
     Arrays,
     RouterShape,
@@ -31,12 +32,12 @@ from experts.state import (
     stack_features,
     take_arrays,
 )
-from experts.warmstart import spoken, warm_start
 from learner.algorithms import build_algorithm
 from learner.batch import global_denominators
 from learner.choices import CHOICE_CLIP, Choices, choice_loss
 from learner.config import AlgorithmConfig, LearnerConfig
 from learner.engine import OptimizerState, Rendezvous, RouterEngine, Untrained, init_ranks, trains
+from learner.fresh import Fresh, calibrated, joined, warmed
 from learner.gradient import Adapters, PrefixGradient, Sums
 from learner.losses import Denominators
 from rollout.types import Group, Rollout
@@ -117,6 +118,7 @@ class LearnerRank:
             spec.algorithm.kl,
             spec.seed,
         )
+        self.router_operations = RouterOperations(self.old_router)
         self.version, self.incarnation = 0, 0
         # A replay on other ranks or threads rebuilds routers to the last bits only; the prefix is checked all the same.
         self.replaying = False
@@ -168,38 +170,27 @@ class LearnerRank:
         self.version, self.initial = 0, dict(arrays)
         self.history = {0: RouterSnapshot.of(self.initial, 0, 0)}
 
-    def calibrate(self, *features: Encoded) -> Arrays:
-        """What a fresh router would start from after a look at these features; the rank itself stays as it is.
+    def calibrate(self, *features: Encoded) -> Fresh:
+        """See `learner.fresh`; the rank itself stays as it is.
 
         One rank computes it and all start from it: eigenvectors may differ in the last bits between machines.
-        A router of your own without `calibrate` starts as it was made.
         """
-        router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
-        if calibrate := getattr(router, "calibrate", None):
-            calibrate(stack_features([e.features for e in whole(features)]), self.spec.router.calibration.ridge)
-        return take_arrays(router)
+        return calibrated(self._fresh_router(), features, self.spec.router)
 
-    def add_experts(self, arrays: Arrays, *features: Encoded) -> Arrays:
-        """What a router with these weights becomes when its new experts' are fitted to it, see `experts.joining`."""
-        router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
-        put_arrays(router, arrays)
-        assert isinstance(router, Perceiver)
-        stacked = stack_features([e.features for e in whole(features)])
-        settle(router, stacked, self.new_experts, self.spec.router.calibration.ridge)
-        return take_arrays(router)
+    def add_experts(self, arrays: Arrays, *features: Encoded) -> Fresh:
+        """See `learner.fresh`; the rank itself stays as it is."""
+        return joined(self._fresh_router(arrays), features, self.new_experts, self.spec.router)
 
-    def warm_start(self, arrays: Arrays, texts: Sequence[str], *features: Encoded) -> tuple[Arrays, float, float]:
-        """What a router with these weights becomes by `experts.warmstart`, and its error before and after.
+    def warm_start(self, arrays: Arrays, texts: Sequence[str], *features: Encoded) -> Fresh:
+        """See `learner.fresh`; the rank itself stays as it is."""
+        router, experts = self._fresh_router(arrays), len(self.spec.shape.experts)
+        return warmed(router, experts, self.policy, texts, features, self.spec.router, self.spec.seed)
 
-        texts: one a prompt of the features, in their order.
-        """
+    def _fresh_router(self, arrays: Arrays | None = None) -> nn.Module:
         router = build_router(self.spec.router, self.spec.shape, self.policy, self.spec.seed)
-        put_arrays(router, arrays)
-        wanted = spoken(texts, self.policy, self.spec.router.latents)
-        stacked = stack_features([e.features for e in whole(features)])
-        experts, config = len(self.spec.shape.experts), self.spec.router.warm_start
-        before, after = warm_start(router, stacked, experts, wanted, config, self.spec.seed)
-        return take_arrays(router), before, after
+        if arrays is not None:
+            put_arrays(router, arrays)
+        return router
 
     def update(self, ordinals: Sequence[int], *parts: Rollout | Encoded) -> UpdateResult:
         """One update on the groups of `ordinals`.
@@ -247,6 +238,10 @@ class LearnerRank:
             loss = self._choice_loss(groups, out.options, choices, denominators, sums)
             more = loss if more is None else more + loss
         self.engine.backward(prefix, gradient, more)
+        stale = sum(group.router.version != self.version for group in groups) / len(groups)
+        # A backward pass costs two forward ones.
+        passes = (3 if trains(self.engine.module) else 1) + stale + (initial is not None)
+        sums.add(operations=passes * self.router_operations(stacked, visible, len(groups)))
         return sums
 
     def _adapters(self, groups: Sequence[Group]) -> Adapters:

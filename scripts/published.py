@@ -21,6 +21,7 @@ from cluster.run.sweep import Point
 from cluster.watch import logs
 
 WHOLE = ("config.yaml", "eval.jsonl", "summary.json")
+BESIDES = ("start.json",)  # of a run that trains
 CURVES = ("step", "reward", "operations")  # of metrics.jsonl
 ROOT_LINE = re.compile(r"^root: .*$", re.MULTILINE)
 
@@ -74,7 +75,8 @@ def names(source: Path) -> list[str]:
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in WHOLE}
+    there = [*WHOLE, *(name for name in BESIDES if (folder / name).is_file())]
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in there}
     texts["config.yaml"] = ROOT_LINE.sub("root: runs", texts["config.yaml"])
     lines = [
         {key: line[key] for key in line if key.partition("/")[0] in CURVES}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from cluster.config import load
+from cluster.run.folder import RunFolder
 from cluster.run.sweep import Arm, Point
 from scripts.published import names, publish, restore
 
@@ -43,6 +44,7 @@ def refuse(said: str) -> None:
 
 def test_runs_come_back_elsewhere_without_their_old_place(tmp_path: Path) -> None:
     folders = [ran(tmp_path / "old", name) for name in ("a", "b")]
+    RunFolder(folders[0]).write_start({"operations/experts": 5.0})
     archive = tmp_path / "docs" / "runs.tar.xz"
     assert publish(archive, folders, refuse)
     first = archive.read_bytes()
@@ -51,6 +53,7 @@ def test_runs_come_back_elsewhere_without_their_old_place(tmp_path: Path) -> Non
     restore(archive, wanted, refuse)
     assert [each.finished for each in wanted] == [True, True, False]
     back = wanted[0].config.folder
+    assert [RunFolder(each.config.folder).costs_of_start() for each in wanted[:2]] == [{"operations/experts": 5.0}, {}]
     assert (back / "eval.jsonl").read_text() == (folders[0] / "eval.jsonl").read_text()
     assert json.loads((back / "metrics.jsonl").read_text()) == {
         "step": 1, "reward/composed": 0.5, "operations/learner": 7.0

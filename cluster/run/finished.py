@@ -37,7 +37,8 @@ def read(folder: Path, name: str | None = None) -> Run:
     }
     if config.router.gate == config.gate_by_itself:
         del kept["router.gate"]  # it follows from others, and would stand beside them in every label
-    steps = logs.read(run.metrics)
+    begun = run.costs_of_start()
+    steps = [begun, *logs.read(run.metrics)]
 
     def spent(*stages: str) -> float:
         return sum(line.get(f"operations/{stage}", 0.0) for line in steps for stage in stages)
@@ -48,7 +49,7 @@ def read(folder: Path, name: str | None = None) -> Run:
         settings=kept,
         outcomes=after["systems"]["router"]["outcomes"],
         samples=int(summary["samples"]),
-        train_s=float(summary["train_wall_s"]),
+        train_s=begun.get("time/start_s", 0.0) + float(summary["train_wall_s"]),
         name=name,
         constant=not config.trains,
         operations=spent("experts", "rollout", "learner"),

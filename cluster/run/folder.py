@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.eval = path / "eval.jsonl"
         self.summary = path / "summary.json"
+        self.start = path / "start.json"
         self.checkpoints = path / "checkpoints"
         self.groups = path / "groups"
         self.dead_letters = path / "dead_letters.jsonl"
@@ -152,9 +153,21 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json` whole or not at all."""
-        partial = self.summary.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-        partial.replace(self.summary)
+        _write_whole(self.summary, summary)
+
+    def write_start(self, costs: Mapping[str, float]) -> None:
+        """Writes `start.json`: what was spent on the router before its first update."""
+        _write_whole(self.start, costs)
+
+    def costs_of_start(self) -> dict[str, float]:
+        """What `write_start` wrote; nothing for a run of a version that did not."""
+        return json.loads(self.start.read_text()) if self.start.is_file() else {}
+
+
+def _write_whole(path: Path, values: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
 
 
 @contextlib.contextmanager

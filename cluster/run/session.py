@@ -118,7 +118,7 @@ class Session:
         # A run that was killed before its first checkpoint starts anew, with what is left in its logs cut away.
         records.cut_back(resumed.step if resumed else 0)
         if resumed is None:
-            await start_router(self.config, started, self.stream, self.console)
+            self.folder.write_start(await start_router(self.config, started, self.stream, self.console))
         driver = await make_driver(self.config, fleet, self.stream, records, self.watch.note, resumed)
         if resumed is None:
             await driver.save()

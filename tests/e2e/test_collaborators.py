@@ -50,6 +50,9 @@ def test_it_trains(runs: Runs, name: str) -> None:
     assert_frozen(runs)
     assert name != "trained_text" or replayed(runs, 2)
     assert ("warm start: the prefix is off" in done.stdout) == (name == "task_id")
+    start = json.loads((runs.folder / "runs" / "run" / "start.json").read_text())
+    # Experts' words and a regression on them cost what a run that compares itself with others has to tell.
+    assert (start["operations/experts"] > 0 and start["operations/learner"] > 0) == (name == "task_id")
 
 
 def assert_frozen(runs: Runs) -> None:

@@ -68,6 +68,6 @@ def test_without_a_new_expert_the_same_updates_move_everything(world: World) -> 
 def test_a_rank_fits_new_experts_to_a_router_and_stays_as_it_is(joining: World) -> None:
     rank = joining.learner()
     before = rank.snapshot().arrays
-    made = rank.add_experts(before, *encode(prompts(40)))
+    made = rank.add_experts(before, *encode(prompts(40))).arrays
     assert moved(before, made) == {"project.1.weight", "project.1.bias", "expert_embedding.1"}
     assert not moved(before, take_arrays(rank.engine.module))
