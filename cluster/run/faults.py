@@ -25,8 +25,10 @@ STACK_WAIT_S = 20.0
 STATE_S = 20  # for an answer of Ray's state API, which on a busy machine may take several seconds
 LONGEST_S = 30.0  # until a process to send a signal has started
 LOG_LINES = 40
+LOG_WAIT_S = 5.0
 ACTOR_ID = re.compile(r"actor_id=([0-9a-f]+)")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+RAYS_MARKS = re.compile(r"^:(job_id|actor_name|task_name):.*\n?", re.MULTILINE)
 AN_ERROR = re.compile(r"\b\w*(Error|Exception)(: \S|$)")
 
 
@@ -104,21 +106,28 @@ class RayBackend:
 
 
 def _log(handle: Any, lines: int, stream: Literal["out", "err"] = "err") -> str:
-    """The end of what an actor wrote, from whatever node it is on."""
+    """The end of what an actor wrote, from whatever node it is on; asked again while Ray cannot say.
+
+    A cluster that has just started, on a busy machine, may know of an actor's death before it can find its log.
+    """
     from ray.util.state import get_log
     from ray.util.state.exception import RayStateApiException
 
-    with contextlib.suppress(RayStateApiException, RayError, OSError):
-        parts = get_log(
-            actor_id=handle.actor_id,
-            suffix=stream,
-            tail=lines,
-            address=_own_cluster(),
-            timeout=STATE_S,
-            errors="replace",
-        )
-        return "".join(parts).strip()
-    return ""
+    ends = time.monotonic() + LOG_WAIT_S
+    while True:
+        with contextlib.suppress(RayStateApiException, RayError, OSError):
+            parts = get_log(
+                actor_id=handle.actor_id,
+                suffix=stream,
+                tail=lines,
+                address=_own_cluster(),
+                timeout=STATE_S,
+                errors="replace",
+            )
+            return RAYS_MARKS.sub("", "".join(parts)).strip()
+        if time.monotonic() > ends:
+            return ""
+        time.sleep(0.5)
 
 
 def _own_cluster() -> str:

@@ -59,7 +59,7 @@ def test_a_death_is_told_with_the_errors_of_its_log_and_nothing_else_that_was_pr
     told = said("load")
     assert told.startswith("Rollout(0) died: ")
     assert "RuntimeError: head_dim=12 is not supported" in told
-    assert "loading" not in told
+    assert "loading" not in told and "actor_name" not in told
 
 
 def test_an_error_is_told_with_where_it_was_raised(cluster: None) -> None:
