@@ -288,6 +288,10 @@ class RouterConfig(BaseModel):
         for key in ("gate", "null_expert"):
             if getattr(self, key) and self.kind in ("static", "none", "text"):
                 raise ValueError(f"router.{key} is for a router that reads states, not for kind: {self.kind}")
+        if self.states != "own" and self.kind in ("static", "none"):
+            raise ValueError(
+                f"router.states: {self.states} changes nothing for kind: {self.kind}, which reads no states"
+            )
         return self
 
     @model_validator(mode="after")

@@ -147,6 +147,8 @@ class Expert:
                 self.cache.put(keys[index], made)
                 found[keys[index]] = made
         features = tuple(feature for key in keys if (feature := found[key]) is not None)
+        if not self._prompts:  # another process has read them all: what that cost is told by their lengths
+            self._read, self._prompts = sum(len(self._tokens(messages)) for messages in prompts), len(prompts)
         a_token, a_prompt = 2.0 * self.frozen.parameters, self._read / max(self._prompts, 1)
         return Encoded(
             self.config.name,

@@ -100,6 +100,19 @@ def test_a_model_is_the_same_however_its_files_are_cut_and_whatever_dtype_it_run
     assert not any(parameter.requires_grad for parameter in embeddings.model.parameters())
 
 
+def test_what_a_cache_on_disk_saved_is_told_by_a_process_that_read_nothing(folder: Path, tmp_path: Path) -> None:
+    config = ExpertConfig.model_validate({"name": "it", "model": str(folder)})
+    prompts = [({"role": "user", "content": text},) for text in ("1 + 2 =", "3 + 4 + 5 =")]
+
+    def costs() -> tuple[float, float]:
+        encoded = Expert(config, str(folder), CacheConfig(disk=str(tmp_path))).encode(prompts)
+        return encoded.operations, encoded.cold
+
+    fresh, warm = costs(), costs()
+    assert fresh[0] == fresh[1] > 0
+    assert warm == (0.0, fresh[1])
+
+
 def test_an_untrained_expert_has_the_architecture_and_nothing_else_of_the_stored_one(folder: Path) -> None:
     settings = {"name": "it", "model": str(folder)}
     stored, random, again = (
