@@ -204,8 +204,11 @@ def _killer(process: subprocess.Popen[str], after_s: float) -> threading.Thread:
     def kill() -> None:
         time.sleep(after_s)
         children = psutil.Process(process.pid).children(recursive=True)
-        commands = {child: child.as_dict(["cmdline"])["cmdline"] or [] for child in children}  # a zombie has none
-        next(child for child, command in commands.items() if any("expert-" in part for part in command)).kill()
+        for child in children:
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if any("expert-" in part for part in child.cmdline()):
+                    child.kill()
+                    return
 
     thread = threading.Thread(target=kill)
     thread.start()

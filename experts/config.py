@@ -249,7 +249,7 @@ class RouterConfig(BaseModel):
     null_expert: an expert that knows nothing and that the latents may attend to instead of the others.
     states: whose states the experts give for a prompt: its `own`, or, as controls, those of its `task` (always the same
         prompt of the task, which says which task it is and nothing else), or of another prompt with another answer, of
-        the same task (`shuffled_within_task`) or of any (`shuffled`).
+        the same task (`shuffled_within_task`) or of any (`shuffled`).  Refused where nothing reads them.
     init: a saved router to start from: a run's folder (its last checkpoint), a bundle, `hub:USER/NAME[@REVISION]`, or
         a checkpoint's folder.
     add_expert: names of experts that the router of `init` does not know.  Only what belongs to them trains (input
@@ -288,10 +288,6 @@ class RouterConfig(BaseModel):
         for key in ("gate", "null_expert"):
             if getattr(self, key) and self.kind in ("static", "none", "text"):
                 raise ValueError(f"router.{key} is for a router that reads states, not for kind: {self.kind}")
-        if self.states != "own" and self.kind in ("static", "none"):
-            raise ValueError(
-                f"router.states: {self.states} changes nothing for kind: {self.kind}, which reads no states"
-            )
         return self
 
     @model_validator(mode="after")

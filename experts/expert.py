@@ -147,9 +147,7 @@ class Expert:
                 self.cache.put(keys[index], made)
                 found[keys[index]] = made
         features = tuple(feature for key in keys if (feature := found[key]) is not None)
-        if not self._prompts:  # another process has read them all: what that cost is told by their lengths
-            self._read, self._prompts = sum(len(self._tokens(messages)) for messages in prompts), len(prompts)
-        a_token, a_prompt = 2.0 * self.frozen.parameters, self._read / max(self._prompts, 1)
+        a_token, a_prompt = 2.0 * self.frozen.parameters, self._length(prompts)
         return Encoded(
             self.config.name,
             keys,
@@ -184,6 +182,12 @@ class Expert:
             new = self.encoder.answer(rows, max_new_tokens)
             answers += [self.frozen.tokenizer.decode(_until(row, self.frozen.end_tokens)) for row in new]
         return answers
+
+    def _length(self, prompts: Sequence[Messages]) -> float:
+        """Tokens of a prompt on average: of those that were read or, if another process did, of these."""
+        if self._prompts:
+            return self._read / self._prompts
+        return sum(len(self._tokens(messages)) for messages in prompts) / max(len(prompts), 1)
 
     def _tokens(self, messages: Messages) -> list[int]:
         return self.frozen.tokenize(messages)[-self.config.max_tokens :]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from experts.config import RouterConfig
 from experts.expert import Encoded, whole
 from experts.joining import settle
 from experts.loading import FrozenModel
-from experts.operations import RouterOperations
+from experts.operations import RouterOperations, states_of
 from experts.router import Perceiver
 from experts.state import Arrays, stack_features, take_arrays
 from experts.warmstart import spoken, warm_start
@@ -61,10 +60,10 @@ def warmed(
 
     texts: one a prompt of the features, in their order.
     """
-    stacked, warm = stack_features([e.features for e in whole(features)]), config.warm_start
+    states, warm = [e.features for e in whole(features)], config.warm_start
     wanted = spoken(texts, policy, config.latents)
-    before, after = warm_start(router, stacked, experts, wanted, warm, seed)
-    forward = RouterOperations(router)(stacked, torch.ones(1, experts, dtype=torch.bool), warm.batch)
+    before, after = warm_start(router, stack_features(states), experts, wanted, warm, seed)
+    forward = RouterOperations(router.requires_grad_(False), experts, "cpu")(states_of(states), warm.batch)
     return _fresh(router, features, 3.0 * forward * warm.steps, before, after)
 
 

@@ -20,7 +20,7 @@ from experts.config import RouterConfig
 from experts.expert import Encoded
 from experts.joining import train_only
 from experts.loading import load_frozen, weights_sha256
-from experts.operations import RouterOperations
+from experts.operations import RouterOperations, states_of
 from experts.prefix import sketch
 from experts.router import chooses
 from experts.state import (
@@ -118,7 +118,7 @@ class LearnerRank:
             spec.algorithm.kl,
             spec.seed,
         )
-        self.router_operations = RouterOperations(self.old_router)
+        self.router_operations = RouterOperations(self.old_router, len(spec.shape.experts), device)
         self.version, self.incarnation = 0, 0
         # A replay on other ranks or threads rebuilds routers to the last bits only; the prefix is checked all the same.
         self.replaying = False
@@ -239,10 +239,15 @@ class LearnerRank:
             more = loss if more is None else more + loss
         self.engine.backward(prefix, gradient, more)
         stale = sum(group.router.version != self.version for group in groups) / len(groups)
-        # A backward pass costs two forward ones.
-        passes = (3 if trains(self.engine.module) else 1) + stale + (initial is not None)
-        sums.add(operations=passes * self.router_operations(stacked, visible, len(groups)))
+        passes = 1 + self._backward_passes() + stale + (initial is not None)
+        sums.add(operations=passes * self.router_operations(states_of(features), len(groups)))
         return sums
+
+    def _backward_passes(self) -> int:
+        """What a backward pass of the router costs, in forward ones: one for inputs and one for weights."""
+        if not trains(self.engine.module):
+            return 0
+        return 1 if self.new_experts else 2  # nearly all weights of a router that grows stay as they are
 
     def _adapters(self, groups: Sequence[Group]) -> Adapters:
         """Of the versions that sampled these groups, apart from the present one, and of the router before training."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from experts.config import RouterConfig
 from experts.expert import Encoded, whole
 from experts.loading import load_embeddings, load_frozen
-from experts.operations import RouterOperations
+from experts.operations import RouterOperations, states_of
 from experts.prefix import prefix_hash, sketch
 from experts.router import chooses, closed_choice
 from experts.state import RouterShape, RouterSnapshot, build_router, embedding_rms, put_arrays, stack_features
@@ -31,13 +31,12 @@ class Made(NamedTuple):
     """What a collaborator makes for some prompts.
 
     prefix: (prompts, slots, width), or None where there are no slots.  attention: (prompts, latents, experts).
-    draws: with the router's choices, if it takes any.  operations: floating-point ones of the router.
+    draws: with the router's choices, if it takes any.
     """
 
     prefix: Tensor | None
     attention: np.ndarray | None
     draws: list[Draws]
-    operations: float = 0.0
 
 
 class RolloutWorker:
@@ -101,7 +100,7 @@ class RolloutWorker:
         """Builds the router's module once the experts' widths are known."""
         self._router = build_router(self.router_config, shape, self.policy).to(self.policy.device)
         self._router.requires_grad_(False)
-        self._operations = RouterOperations(self._router)
+        self._operations = RouterOperations(self._router, len(shape.experts), self.policy.device)
         self._experts, self._stamp = shape.experts, None
 
     def sample(
@@ -163,7 +162,8 @@ class RolloutWorker:
             operations=Operations(
                 sum(e.operations for e in encoded),
                 sum(e.cold for e in encoded),
-                made.operations + 2.0 * self.policy.parameters * (sampled + sum(map(len, tokens)) + _slots(made)),
+                2.0 * self.policy.parameters * (sampled + sum(map(len, tokens)) + _slots(made))
+                + (0.0 if alone else self._routers(encoded, len(prompts))),
             ),
         )
 
@@ -189,7 +189,7 @@ class RolloutWorker:
     ) -> tuple[Group, ...]:
         stamp = RouterStamp(version=snapshot.version, incarnation=snapshot.incarnation, checksum=snapshot.checksum)
         norms = self._rms_ratios(made.prefix, made.draws)
-        prefix, attention, draws, _ = made
+        prefix, attention, draws = made
         return tuple(
             Group(
                 prompt=prompt,
@@ -232,10 +232,13 @@ class RolloutWorker:
             out = self._router(features, visible, choice) if chooses(self._router) else self._router(features, visible)
             if out.options is not None:
                 draws = choice.noted(draws, out.options, closed_choice(self._router, out.options))
-            spent = float(self._operations(features, visible, len(draws)))
         # "No prefix" means no slots at all.
         prefix = out.prefix if out.prefix.shape[1] else None
-        return Made(prefix, out.attention.mean(dim=1).float().cpu().numpy(), draws, spent)
+        return Made(prefix, out.attention.mean(dim=1).float().cpu().numpy(), draws)
+
+    def _routers(self, encoded: Sequence[Encoded], prompts: int) -> float:
+        """Floating-point operations of these prompts' prefixes."""
+        return float(self._operations(states_of([e.features for e in encoded if e.features]), prompts))
 
     def messages_for(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> list[Sequence[Message]]:
         """What the policy reads."""

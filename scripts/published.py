@@ -1,7 +1,7 @@
 """Finished runs as an archive beside the page that they made, for those who doubt it or go on with it.
 
-Of each run it holds the settings, the verdict on every held-out answer, the summary, and step by step rewards and
-operations: all that a comparison reads.
+Of each run it holds the settings, the verdict on every held-out answer, the summary, what its start cost, and step by
+step rewards and operations: all that a comparison reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cluster.run.sweep import Point
 from cluster.watch import logs
 
 WHOLE = ("config.yaml", "eval.jsonl", "summary.json")
-BESIDES = ("start.json",)  # of a run that trains
+BESIDES = ("start.json",)  # not written by older versions
 CURVES = ("step", "reward", "operations")  # of metrics.jsonl
 ROOT_LINE = re.compile(r"^root: .*$", re.MULTILINE)
 

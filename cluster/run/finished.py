@@ -52,8 +52,9 @@ def read(folder: Path, name: str | None = None) -> Run:
         train_s=begun.get("time/start_s", 0.0) + float(summary["train_wall_s"]),
         name=name,
         constant=not config.trains,
-        operations=spent("experts", "rollout", "learner"),
-        operations_cold=spent("experts_cold", "rollout", "learner"),
+        # A version that wrote no start.json counted less: its costs are not known.
+        operations=spent("experts", "rollout", "learner") if begun else 0.0,
+        operations_cold=spent("experts_cold", "rollout", "learner") if begun else 0.0,
         prompts=after.get("prompts", ""),
         frozen=_weights(config, summary),
     )

@@ -45,7 +45,11 @@ def check_names(config: RunConfig) -> None:
     """
     if config.tracking.wandb:
         wandb_run.check()
-    router_class(config.router.kind)
+    kind, states = router_class(config.router.kind), config.router.states
+    if states != "own" and getattr(kind, "asks", "states") == "nothing":
+        raise ConfigError(
+            f"router.states: {states} changes nothing for kind: {config.router.kind}, which asks nothing of the experts"
+        )
     if config.algorithm.kind not in ALGORITHMS:
         load_plugin(config.algorithm.kind, "algorithm.kind")
     if config.router.init and not hub.is_on_hub(config.router.init):  # nothing is downloaded for a plan

@@ -38,8 +38,9 @@ class Run:
         seeds.
     prompts: a hash of those that it was measured on; empty in runs that did not write one.
     frozen: a hash of each model's weights, by what the configuration calls it.
-    operations, operations_cold: floating-point operations of its training, and what they would be without a cache of
-        the experts' features.
+    train_s: seconds of its training, the start of the router included.
+    operations, operations_cold: floating-point operations of that, and what they would be without a cache of the
+        experts' features; 0 where they are not known.
     """
 
     folder: Path
@@ -130,8 +131,8 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
                 runs=tuple(dict.fromkeys(str(mine[s].folder) for s in sorted(mine))),
                 samples=round(np.mean([run.samples for run in mine.values()])),
                 train_s=float(np.mean([run.train_s for run in mine.values()])),
-                operations=float(np.mean([run.operations for run in mine.values()])),
-                operations_cold=float(np.mean([run.operations_cold for run in mine.values()])),
+                operations=_known_mean([run.operations for run in mine.values()]),
+                operations_cold=_known_mean([run.operations_cold for run in mine.values()]),
                 accuracy={column: crossed(alone, column, seed) for column in columns},
                 difference={c: crossed(differences, c, seed, -1.0) for c in columns} if label != first_label else {},
                 by_seed={column: tuple(_mean(mine[s].outcomes, column) for s in trained) for column in columns},
@@ -252,7 +253,7 @@ def markdown(arms: Sequence[Arm]) -> str:
         ]
         spent = ("–", "–", "–")
         if arm.seeds:
-            operations = f"{arm.operations / 1e15:.2g} ({arm.operations_cold / 1e15:.2g})"
+            operations = f"{arm.operations / 1e15:.2g} ({arm.operations_cold / 1e15:.2g})" if arm.operations else "–"
             spent = (str(len(arm.seeds)), f"{arm.train_s:.0f}", operations)
         lines.append(f"| {' | '.join((arm.label, *spent, *cells))} |")
     return "\n".join(lines) + "\n"
@@ -288,6 +289,11 @@ def _columns(outcomes: Outcomes) -> list[str]:
 def _mean(outcomes: Outcomes, column: str) -> float:
     tasks = list(outcomes) if column == MEAN else [column]
     return float(np.mean([np.mean(outcomes[task]) for task in tasks]))
+
+
+def _known_mean(values: Sequence[float]) -> float:
+    """Over seeds; 0, which is not known, unless all are known."""
+    return float(np.mean(values)) if all(values) else 0.0
 
 
 def _minus(one: Outcomes, other: Outcomes) -> dict[str, list[float]]:

@@ -63,6 +63,8 @@ def cost_figure(arms: Sequence[Arm], path: Path) -> None:
         panels = figure.subplots(1, max(len(known), 1), sharey=True, squeeze=False)[0]
         for axes, (name, values) in zip(panels, known, strict=False):
             for value, arm in zip(values, trained, strict=True):
+                if not value:
+                    continue  # not known
                 cell, colour = arm.accuracy[column], COLOURS[0] if arm is arms[0] else _FAINT
                 axes.plot([value, value], [100 * cell.low, 100 * cell.high], color=colour, linewidth=1.2)
                 axes.scatter([value], [100 * cell.value], color=colour, s=36, zorder=3)

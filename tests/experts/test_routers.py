@@ -121,10 +121,3 @@ def test_no_prefix_means_no_slots_and_no_parameters(kind: str) -> None:
 def test_what_a_router_without_states_cannot_use_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=f"router.{key} is for a router that reads states"):
         config(**{key: True})
-
-
-@pytest.mark.parametrize("kind", ["static", "none"])
-def test_a_control_by_states_that_nothing_reads_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="router.states: shuffled changes nothing for kind: " + kind):
-        config(kind=kind, states="shuffled")
-    assert config(kind="text", states="shuffled").states == "shuffled"

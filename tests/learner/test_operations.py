@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from experts.expert import Encoded
 from experts.operations import RouterOperations
-from experts.state import build_router, stack_features
+from experts.state import build_router
 from rollout.types import Group, Sampling
 from tests.learner.gradient_cases import at_version_one
-from tests.learner.world import World, backward, encode, prompts
+from tests.learner.world import TOKENS, WIDTHS, World, backward, encode, prompts
 
 PROMPTS = 5
 
@@ -18,9 +17,8 @@ PROMPTS = 5
 @pytest.fixture(scope="module")
 def a_prefix(world: World) -> float:
     """What one forward pass of the world's router on all prompts costs."""
-    router = build_router(world.router, world.shape, world.worker.policy, 0)
-    features = stack_features([e.features for e in encode(prompts(PROMPTS))])
-    made = RouterOperations(router)(features, torch.ones(1, 2, dtype=torch.bool), PROMPTS)
+    router = build_router(world.router, world.shape, world.worker.policy, 0).requires_grad_(False)
+    made = RouterOperations(router, len(WIDTHS), "cpu")(list(zip(TOKENS, WIDTHS, strict=True)), PROMPTS)
     assert made > 0
     return float(made)
 

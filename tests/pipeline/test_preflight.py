@@ -179,3 +179,11 @@ def test_settings_that_would_change_nothing_are_refused(models: Path, policy: di
 def test_a_run_s_own_config_names_every_setting_and_loads_again(models: Path, policy: dict[str, Any]) -> None:
     made = config(models, {}, policy)
     assert parse(yaml.safe_load(made.as_yaml()), "again") == made
+
+
+@pytest.mark.parametrize("kind", ["static", "none"])
+def test_a_control_by_states_that_nothing_reads_is_refused(models: Path, kind: str) -> None:
+    states = {"router": {"kind": kind, "states": "shuffled"}}
+    with pytest.raises(ConfigError, match=f"router.states: shuffled changes nothing for kind: {kind}"):
+        preflight.check_names(config(models, {}, {}, **states))
+    preflight.check_names(config(models, {}, {}, router={"kind": "text", "states": "shuffled"}))

@@ -55,6 +55,13 @@ def test_only_seeds_that_both_arms_have_are_compared() -> None:
         compare([run("static", 0), run("perceiver", 1)])
 
 
+def test_an_arm_with_a_run_of_unknown_cost_has_no_cost() -> None:
+    runs = [replace(run(kind, seed), operations=4e15) for kind in ("static", "perceiver") for seed in (0, 1)]
+    arms = compare([*runs[:3], replace(runs[3], operations=0.0)])
+    assert [arm.operations for arm in arms] == [4e15, 0.0]
+    assert [line.split(" | ")[3] for line in markdown(arms).splitlines()[2:]] == ["4 (0)", "–"]
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ComparisonError, match="different held-out prompts"):
         compare([run("static", 0), run("perceiver", 0, prompts=100)])
