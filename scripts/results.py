@@ -35,6 +35,7 @@ from cluster.watch.comparison import Arm, Cell, Run  # noqa: E402
 from scripts.published import publish, restore  # noqa: E402
 
 TEXT, ORACLE, FROZEN = "experts' answers as text", "oracle route, hindsight", "frozen policy alone"
+BOTH, START = "router and LoRA 8", "warm start alone"
 PAGE, DATA = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
 
 
@@ -43,7 +44,8 @@ class Section:
     """One comparison.
 
     pairs: differences beside those from the first arm: of the one from the other.
-    beyond: baselines that are no rivals of the first arm: one knows the answers, one decodes with the experts.
+    beyond: what is no rival of the first arm: one baseline knows the answers, one decodes with the experts, and a
+        router before its first update, or with an adapter, is that very router with less or more to train.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Section:
     seeds: int
     tune: str | None = None
     pairs: tuple[tuple[str, str], ...] = ()
-    beyond: tuple[str, ...] = (TEXT, ORACLE)
+    beyond: tuple[str, ...] = (TEXT, ORACLE, BOTH, START)
 
 
 SECTIONS = (
@@ -64,11 +66,11 @@ SECTIONS = (
         pairs=(
             ("router", FROZEN),
             ("router", "static, 8 slots"),
-            ("router and LoRA 8", "LoRA 8"),
+            (BOTH, "LoRA 8"),
             ("no gate", FROZEN),
             ("no gate, with LoRA 8", "LoRA 8"),
         ),
-        beyond=(TEXT, ORACLE, "LoRA 8", "router and LoRA 8"),
+        beyond=(TEXT, ORACLE, BOTH, "LoRA 8"),
     ),
     Section(
         "composed",
@@ -76,7 +78,14 @@ SECTIONS = (
         "configs/arms/composed.yaml",
         10,
         "learner.learning_rate=3.0e-5,3.0e-4,2.0e-3",
-        (("router", TEXT), ("router", "self"), ("router", "untrained experts"), ("router and LoRA 8", "LoRA 8")),
+        (
+            ("router", TEXT),
+            ("router", START),
+            ("router", "no warm start"),
+            ("router", "self"),
+            ("router", "untrained experts"),
+            (BOTH, "LoRA 8"),
+        ),
     ),
     Section(
         "separable",
@@ -84,7 +93,13 @@ SECTIONS = (
         "configs/arms/separable.yaml",
         10,
         "learner.learning_rate=1.0e-4,5.0e-4,2.0e-3",
-        (("router", "route and answer"), ("router", "self"), ("router and LoRA 8", "LoRA 8")),
+        (
+            ("router", "route and answer"),
+            ("router", START),
+            ("router", "no warm start"),
+            ("router", "self"),
+            (BOTH, "LoRA 8"),
+        ),
     ),
     Section("choices", "configs/quickstart.yaml", "configs/arms/choices.yaml", 3),
 )
@@ -164,18 +179,24 @@ def _restore(plan: Plan, archive: Path, console: Console) -> None:
 
 
 def _compared(done: Sequence[Point], arms: Sequence[SweepArm], console: Console) -> list[Run]:
-    """Arm by arm, and the baselines that the first run measured; nothing while the first arm has no run."""
+    """Arm by arm, what the first was before its first update, and the baselines that the first run measured.
+
+    Nothing while the first arm has no run.
+    """
     kept = comparable(done, arms, console)
     if not kept:
         return []
     runs = [finished.read(point.config.folder, point.arm.name) for point in kept]
     known = {run.name for run in runs}
+    yardstick = [point for point in kept if point.arm == arms[0] and point.config.router.warm_start.steps]
+    runs[len(yardstick) : len(yardstick)] = [finished.unrewarded(point.config.folder, START) for point in yardstick]
     return [*runs, *(run for run in finished.frozen(kept[0].config.folder) if run.name not in known)]
 
 
 def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, float]]) -> None:
     arms = comparison.compare(runs)
-    pairs = {pair: _difference(runs, *pair) for pair in section.pairs}
+    there = {run.name for run in runs}
+    pairs = {pair: _difference(runs, *pair) for pair in section.pairs if there >= set(pair)}
     primary = comparison.primary(arms, section.beyond)
     values = json.loads(DATA.read_text()) if DATA.is_file() else {}
     values[section.name] = {

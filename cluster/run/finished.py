@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,26 @@ def frozen(folder: Path) -> list[Run]:
         for system, result in systems.items()
         if system not in (ROUTER, SHUFFLED_WITHIN_TASK, "shuffled")
     ]
+
+
+def unrewarded(folder: Path, name: str) -> Run:
+    """A run's router before its first update, as an arm: what its start alone has made of it."""
+    run = RunFolder(folder)
+    before, after = _last(run, "before"), read(folder, name)
+    begun = run.costs_of_start()
+
+    def spent(*stages: str) -> float:
+        return sum(begun.get(f"operations/{stage}", 0.0) for stage in stages)
+
+    return replace(
+        after,
+        outcomes=before["systems"][ROUTER]["outcomes"],
+        samples=0,
+        train_s=begun.get("time/start_s", 0.0),
+        operations=spent("experts", "learner"),
+        operations_cold=spent("experts_cold", "learner"),
+        prompts=before.get("prompts", ""),
+    )
 
 
 def validated(folder: Path) -> float:
