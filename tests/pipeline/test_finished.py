@@ -1,0 +1,72 @@
+"""What a comparison reads of a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config import load
+from cluster.run import finished
+from cluster.run.folder import RunFolder, RunFolderError
+
+RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+START = {"time/start_s": 20.0, "operations/experts": 1.0, "operations/experts_cold": 2.0, "operations/learner": 4.0}
+STEP = {
+    "operations/experts": 10.0,
+    "operations/experts_cold": 20.0,
+    "operations/rollout": 40.0,
+    "operations/learner": 80.0,
+}
+
+
+def ran(root: Path, *missing: str) -> Path:
+    """A run of three held-out prompts and two steps, without some of its files."""
+    run = RunFolder.of(load(RECIPE, (f"root={root}", "run=it")))
+    run.path.mkdir(parents=True)
+
+    def evaluated(kind: str, *outcomes: int) -> dict[str, Any]:
+        return {"kind": kind, "prompts": "hash", "systems": {"router": {"outcomes": {"composed": list(outcomes)}}}}
+
+    evaluations = [evaluated("before", 0, 1, 0), evaluated("after", 1, 1, 0)]
+    texts = {
+        "config.yaml": yaml.safe_dump(run_config(root)),
+        "eval.jsonl": "".join(json.dumps(line) + "\n" for line in evaluations),
+        "metrics.jsonl": "".join(json.dumps({"step": step, **STEP}) + "\n" for step in (1, 2)),
+        "summary.json": json.dumps({"samples": 64, "train_wall_s": 100.0, "frozen": []}),
+        "start.json": json.dumps(START),
+    }
+    for name, text in texts.items():
+        if name not in missing:
+            (run.path / name).write_text(text)
+    return run.path
+
+
+def run_config(root: Path) -> dict[str, Any]:
+    """As a run writes it."""
+    return load(RECIPE, (f"root={root}", "run=it")).model_dump(mode="json")
+
+
+def test_a_run_costs_what_its_start_and_its_steps_did(tmp_path: Path) -> None:
+    run = finished.read(ran(tmp_path))
+    assert (run.outcomes, run.samples, run.train_s) == ({"composed": [1, 1, 0]}, 64, 120.0)
+    assert (run.operations, run.operations_cold) == (5 + 2 * 130, 6 + 2 * 140)
+
+
+def test_without_the_costs_of_the_start_those_of_the_run_are_not_known(tmp_path: Path) -> None:
+    run = finished.read(ran(tmp_path, "start.json"))
+    assert (run.train_s, run.operations, run.operations_cold) == (100.0, 0.0, 0.0)
+
+
+def test_before_the_first_update_there_is_what_the_start_has_made(tmp_path: Path) -> None:
+    run = finished.unrewarded(ran(tmp_path), "started")
+    assert (run.name, run.outcomes, run.samples, run.prompts) == ("started", {"composed": [0, 1, 0]}, 0, "hash")
+    assert (run.train_s, run.operations, run.operations_cold, run.constant) == (20.0, 5.0, 6.0, False)
+
+
+def test_a_run_that_has_not_finished_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="has not finished"):
+        finished.read(ran(tmp_path, "summary.json"))
