@@ -321,7 +321,9 @@ def sweep(
 
 @zoo_app.command("build")
 def zoo_build(
-    world: Annotated[str, typer.Argument(help="A world's name: composed or separable.")] = "composed",
+    world: Annotated[
+        str, typer.Argument(help="composed or separable; composed@1 is another of it, by its seed.")
+    ] = "composed",
     force: Annotated[bool, typer.Option("--force", help="Build again even if it is there.")] = False,
 ) -> None:
     """Train a world's experts and policy; training runs do this by themselves when needed."""

@@ -97,7 +97,7 @@ class EngineConfig(BaseModel):
 class ExpertConfig(EngineConfig):
     """One frozen expert.
 
-    model: a Hugging Face folder or name, or `zoo/<world>/<model>`.
+    model: a Hugging Face folder or name, or `zoo/<world>/<model>` (`zoo/<world>@<seed>/<model>`).
     weights: `random` takes the model's architecture untrained: a control for what the experts' knowledge is worth.
     layer: which hidden state is its feature; -1 is the last (after the final norm), 0 the
         embeddings.

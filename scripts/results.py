@@ -44,6 +44,7 @@ class Section:
     """One comparison.
 
     pairs: differences beside those from the first arm: of the one from the other.
+    fixed: settings of all its runs, which then lie in a folder of their own.
     beyond: what is no rival of the first arm: one baseline knows the answers, one decodes with the experts, and a
         router before its first update, or with an adapter, is that very router with less or more to train.
     """
@@ -55,6 +56,7 @@ class Section:
     tune: str | None = None
     pairs: tuple[tuple[str, str], ...] = ()
     beyond: tuple[str, ...] = (TEXT, ORACLE, BOTH, START)
+    fixed: tuple[str, ...] = ()
 
 
 SECTIONS = (
@@ -102,6 +104,24 @@ SECTIONS = (
         ),
     ),
     Section("choices", "configs/quickstart.yaml", "configs/arms/choices.yaml", 3),
+    *(
+        Section(
+            f"composed_{seed}",
+            "configs/quickstart.yaml",
+            "configs/arms/zoos.yaml",
+            3,
+            pairs=(("router", TEXT),),
+            fixed=tuple(
+                f"{model}=zoo/composed@{seed}/{name}"
+                for model, name in (
+                    ("policy.model", "policy"),
+                    ("experts.0.model", "chain_sum"),
+                    ("experts.1.model", "leg_counting"),
+                )
+            ),
+        )
+        for seed in (1, 2)
+    ),
 )
 
 
@@ -122,7 +142,8 @@ def main() -> None:
     for section in SECTIONS:
         if given.only and section.name not in given.only:
             continue
-        fixed = (f"root={given.root}", "execution=inline", "checkpoint.groups=false")
+        root = f"{given.root}/{section.name}" if section.fixed else given.root
+        fixed = (f"root={root}", "execution=inline", "checkpoint.groups=false", *section.fixed)
         plan = Plan(
             ROOT / section.recipe, fixed, named_arms(ROOT / section.arms), section.seeds, section.tune, "make results"
         )

@@ -26,7 +26,7 @@ def build(
 ) -> Path:
     """Builds a world unless it is there and whole, and returns its folder.
 
-    world: a world's name or a recipe's YAML file.
+    world: a world's name, with a seed after an @ if it is to be another, or a recipe's YAML file.
     root: the zoo's folder, by default `zoo_root()`.
     force: build again even if it is there; the old one is kept until the new one is whole.
     processes: how many models train at once, one torch thread each.
@@ -37,7 +37,7 @@ def build(
     recipe = load_recipe(world)
     folder = world_folder(recipe, root or zoo_root())
     if is_built(folder) and not force:
-        check(folder, recipe.world)
+        check(folder, str(world))
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

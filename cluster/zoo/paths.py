@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cluster.zoo.recipe import Recipe, ZooError, load_recipe, worlds
+from cluster.zoo.recipe import Recipe, ZooError, load_recipe, seed_of
 
 MANIFEST = "zoo.json"
 PREFIX = "zoo/"
@@ -41,7 +41,7 @@ def worlds_named_by(names: Iterable[str]) -> set[str]:
 
 
 def resolve(name: str, root: Path | None = None) -> Path:
-    """The folder of a zoo model such as `zoo/composed/policy`, its world's files checked.
+    """The folder of a zoo model such as `zoo/composed/policy` or `zoo/composed@1/policy`, its world's files checked.
 
     Raises:
         ZooError: when the name is wrong, the world is not built, or one of its files is missing,
@@ -118,6 +118,8 @@ def _parts(name: str) -> tuple[str, str]:
     parts = name.split("/")
     if len(parts) != 3 or parts[0] != "zoo" or not all(parts):
         raise ZooError(f"{name!r} is no zoo model: write zoo/<world>/<model>, such as zoo/composed/policy")
-    if parts[1] not in worlds():
-        raise ZooError(f"{name!r}: no zoo world {parts[1]!r}: known are {', '.join(worlds())}")
+    try:
+        seed_of(parts[1])
+    except ZooError as error:
+        raise ZooError(f"{name!r}: {error}") from None
     return parts[1], parts[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -202,20 +203,36 @@ def worlds() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml")))
 
 
+def seed_of(world: str) -> int | None:
+    """The seed in a world's name such as `composed@1`; None in one that leaves it to the recipe.
+
+    Raises:
+        ZooError: when there is no such world, or what stands after the @ is no seed.
+    """
+    name, at, seed = world.partition("@")
+    if name not in worlds():
+        raise ZooError(f"no zoo world {name!r}: known are {', '.join(worlds())}")
+    if at and not re.fullmatch("[0-9]{1,9}", seed):
+        raise ZooError(f"zoo world {world!r}: after the @ stands a seed, as in {name}@1")
+    return int(seed) if at else None
+
+
 def load_recipe(world: str | Path) -> Recipe:
-    """A recipe by its world's name, or from a YAML file.
+    """A recipe by its world's name, with another seed after an @, or from a YAML file.
 
     Raises:
         ZooError: when there is no such recipe or it is wrong.
     """
-    if str(world) in worlds():
-        text = RECIPES.joinpath(f"{world}.yaml").read_text(encoding="utf-8")
+    name, seed = str(world).partition("@")[0], None
+    if name in worlds():
+        seed, text = seed_of(str(world)), RECIPES.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(world).is_file():
         text = Path(world).read_text(encoding="utf-8")
     else:
         raise ZooError(f"no zoo world {str(world)!r}: known are {', '.join(worlds())}, or give a recipe's YAML file")
     try:
-        return Recipe.model_validate(yaml.safe_load(text))
+        document = yaml.safe_load(text)
+        return Recipe.model_validate(document if seed is None else document | {"seed": seed})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from cluster.zoo import recipe as recipes
+from cluster.zoo.paths import worlds_named_by
 from cluster.zoo.recipe import Recipe, ZooError, load_recipe, worlds
 from tests.zoo.conftest import FOLDER
 
@@ -37,6 +38,22 @@ def test_the_packaged_worlds_load_and_hold_out_the_runs_shares() -> None:
 )
 def test_a_fingerprint_changes_with_the_recipe(recipe: Recipe, tmp_path: Path, edit: str, by: str) -> None:
     assert load_recipe(changed(tmp_path, edit, by)).fingerprint != recipe.fingerprint
+
+
+def test_a_seed_after_the_name_makes_another_world_of_the_same_recipe() -> None:
+    first, same, other = (load_recipe(world) for world in ("composed", "composed@0", "composed@1"))
+    assert same == first and same.folder == first.folder
+    assert other.seed == 1 and other.folder != first.folder and other.folder.startswith("composed-")
+    assert other.model_dump(exclude={"seed"}) == first.model_dump(exclude={"seed"})
+    assert worlds_named_by(["zoo/composed@1/policy", "zoo/composed/policy", "org/model"]) == {"composed", "composed@1"}
+
+
+@pytest.mark.parametrize("name", ["composed@", "composed@x", "composed@-1", "composed@1@2", "compossed@1"])
+def test_a_seed_that_is_none_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ZooError, match=f"zoo/{name}/policy'.*(after the @ stands a seed|no zoo world 'compossed')"):
+        worlds_named_by([f"zoo/{name}/policy"])
+    with pytest.raises(ZooError, match=r"after the @ stands a seed|no zoo world"):
+        load_recipe(name)
 
 
 def test_a_fingerprint_ignores_how_the_recipe_is_written(recipe: Recipe, tmp_path: Path) -> None:
