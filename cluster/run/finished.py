@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,6 @@ def read(folder: Path, name: str | None = None) -> Run:
     begun = run.costs_of_start()
     steps = [begun, *logs.read(run.metrics)]
 
-    def spent(*stages: str) -> float:
-        return sum(line.get(f"operations/{stage}", 0.0) for line in steps for stage in stages)
-
     return Run(
         folder=folder,
         seed=config.seed,
@@ -54,8 +51,8 @@ def read(folder: Path, name: str | None = None) -> Run:
         name=name,
         constant=not config.trains,
         # A version that wrote no start.json counted less: its costs are not known.
-        operations=spent("experts", "rollout", "learner") if begun else 0.0,
-        operations_cold=spent("experts_cold", "rollout", "learner") if begun else 0.0,
+        operations=_spent(steps, "experts") if begun else 0.0,
+        operations_cold=_spent(steps, "experts_cold") if begun else 0.0,
         prompts=after.get("prompts", ""),
         frozen=_weights(config, summary),
     )
@@ -79,16 +76,13 @@ def unrewarded(folder: Path, name: str) -> Run:
     before, after = _last(run, "before"), read(folder, name)
     begun = run.costs_of_start()
 
-    def spent(*stages: str) -> float:
-        return sum(begun.get(f"operations/{stage}", 0.0) for stage in stages)
-
     return replace(
         after,
         outcomes=before["systems"][ROUTER]["outcomes"],
         samples=0,
         train_s=begun.get("time/start_s", 0.0),
-        operations=spent("experts", "learner"),
-        operations_cold=spent("experts_cold", "learner"),
+        operations=_spent([begun], "experts"),
+        operations_cold=_spent([begun], "experts_cold"),
         prompts=before.get("prompts", ""),
     )
 
@@ -110,6 +104,11 @@ def _weights(config: RunConfig, summary: Mapping[str, Any]) -> dict[str, str]:
     named: dict[str, EngineConfig] = {"Learner(rank 0": config.policy, **{f"Expert({e.name}": e for e in stored}}
     hosts = [(named.get(each["worker"].partition(")")[0].partition(",")[0]), each) for each in summary["frozen"]]
     return {f"{host.model} in {host.dtype}": each["sha256_before"] for host, each in hosts if host}
+
+
+def _spent(lines: Sequence[Mapping[str, Any]], experts: str) -> float:
+    """Floating-point operations of all stages; experts: as they were, or without a cache."""
+    return sum(line.get(f"operations/{stage}", 0.0) for line in lines for stage in (experts, "rollout", "learner"))
 
 
 def _last(run: RunFolder, kind: str) -> dict[str, Any]:
