@@ -163,15 +163,25 @@ class RunConfig(BaseModel):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _gate(self) -> RunConfig:
+    def _choices(self) -> RunConfig:
         if self.router.gate is None:
             self.__dict__["router"] = self.router.model_copy(update={"gate": self.gate_by_itself})
+        if self.algorithm.choice_after is None:
+            after = {"choice_after": self.choice_after_by_itself}
+            self.__dict__["algorithm"] = self.algorithm.model_copy(update=after)
         return self
 
     @property
     def gate_by_itself(self) -> bool:
         """What `router.gate` is where nobody says."""
         return self.router.kind == "perceiver" and not self.algorithm.dynamic_sampling
+
+    @property
+    def choice_after_by_itself(self) -> int:
+        """What `algorithm.choice_after` is where nobody says."""
+        router = self.router
+        taught = router.kind == "top1" or router.init or router.warm_start.steps
+        return self.steps // 3 if router.gate and not taught else 0
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:

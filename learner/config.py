@@ -57,6 +57,9 @@ class AlgorithmConfig(BaseModel):
     correction: of the sampling engine's log-probabilities, by the weight exp(old - sampler): `tis` cuts it at
         `correction_cap`; `icepop` drops tokens whose weight is outside [`icepop_low`, `icepop_high`]; `none`.
     choice_entropy: bonus on the entropy of a router's choices (`router.kind: top1`, `router.gate`).
+    choice_after: updates before the choices learn too. A first prefix is worse than none, and a gate that is paid for
+        saying so closes for good, with the router behind it untaught. None means a third of the run's steps for a gate,
+        and 0 with `router.warm_start` or `router.init`, and for `router.kind: top1`.
     """
 
     model_config = FROZEN
@@ -71,6 +74,7 @@ class AlgorithmConfig(BaseModel):
     icepop_low: float = Field(0.5, ge=0.0, le=1.0)
     icepop_high: float = Field(5.0, ge=1.0)
     choice_entropy: float = Field(0.01, ge=0.0)
+    choice_after: int | None = Field(None, ge=0)
     kl: KLConfig = KLConfig()
 
     @model_validator(mode="before")

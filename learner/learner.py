@@ -235,7 +235,9 @@ class LearnerRank:
         )
         more = None if adapter is None else self._through_adapter(adapter)
         if choices is not None and out.options is not None:
-            loss = self._choice_loss(groups, out.options, choices, denominators, sums)
+            # Times 0 and not left out: DeepSpeed wants a gradient of every parameter.
+            learns = self.version >= (self.spec.algorithm.choice_after or 0)
+            loss = self._choice_loss(groups, out.options, choices, denominators, sums) * float(learns)
             more = loss if more is None else more + loss
         self.engine.backward(prefix, gradient, more)
         stale = sum(group.router.version != self.version for group in groups) / len(groups)

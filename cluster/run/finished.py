@@ -36,8 +36,11 @@ def read(folder: Path, name: str | None = None) -> Run:
     kept: dict[str, Any] = {
         key: value for key, value in settings.items() if not matches(key, (*BESIDE_THE_POINT, *WHILE_TRAINING))
     }
+    # What follows from other settings would stand beside them in every label.
     if config.router.gate == config.gate_by_itself:
-        del kept["router.gate"]  # it follows from others, and would stand beside them in every label
+        del kept["router.gate"]
+    if config.algorithm.choice_after == config.choice_after_by_itself:
+        del kept["algorithm.choice_after"]
     begun = run.costs_of_start()
     steps = [begun, *logs.read(run.metrics)]
 

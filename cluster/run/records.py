@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from cluster.run.start import Started
 
 
+CLOSED_FOR = 50  # updates in a row without any prefix, after which a word is said
+
+
 class Export(Protocol):
     """Takes every step's record somewhere else."""
 
@@ -54,6 +57,7 @@ class Records:
         self._metrics = logs.JsonLines(folder.metrics)
         self._eval = logs.JsonLines(folder.eval)
         self._board: Board | None = None
+        self._closed = 0
 
     def cut_back(self, step: int) -> None:
         """A resumed run writes the steps after its checkpoint again: drop them from the logs."""
@@ -85,6 +89,14 @@ class Records:
         mismatch = record.get("policy/logprob_mismatch", 0.0)
         if mismatch > self.config.learner.mismatch_warning:
             self.watch.note(f"step {record['step']}: engine and learner disagree by {mismatch:.3f} nats a token")
+
+        self._closed = self._closed + 1 if record.get("router/closed_fraction") == 1 else 0
+        if self._closed == CLOSED_FOR:
+            self.watch.note(
+                f"step {record['step']}: the gate has been closed for every prompt of {CLOSED_FOR} updates, so the "
+                "router learns nothing. Right where the frozen policy alone is best; else lower learner.learning_rate, raise "
+                "algorithm.choice_after or set router.gate: false"
+            )
 
     def groups(self, step: int, kept: list[Group]) -> None:
         """See `Sink.groups`."""

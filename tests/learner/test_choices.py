@@ -140,3 +140,15 @@ def test_groups_with_a_closed_gate_teach_the_gate_alone(chooser: World) -> None:
     assert not sums.values.get("tokens")
     moved = {name for name, g in found.items() if np.abs(g).max() > 1e-9}
     assert "choose.read.0.1.weight" in moved and "output" not in moved
+
+
+def test_choices_wait_until_rewards_have_taught_a_prefix(chooser: World) -> None:
+    learner = chooser.learner(choice_after=2)
+    moved = []
+    for start in range(0, 72, 24):
+        before = dict(learner.snapshot().arrays)
+        update(learner, chooser.scored(prompts(24, start), learner.snapshot()))
+        after = learner.snapshot().arrays
+        moved.append({name.partition(".")[0] for name in before if not np.array_equal(before[name], after[name])})
+    assert ["choose" in names for names in moved] == [False, False, True]
+    assert all("output" in names for names in moved), "the prefix learns from the first update on"

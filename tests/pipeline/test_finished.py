@@ -70,3 +70,8 @@ def test_before_the_first_update_there_is_what_the_start_has_made(tmp_path: Path
 def test_a_run_that_has_not_finished_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="has not finished"):
         finished.read(ran(tmp_path, "summary.json"))
+
+
+def test_what_follows_from_other_settings_is_no_setting_of_an_arm(tmp_path: Path) -> None:
+    plain = finished.read(ran(tmp_path)).settings
+    assert not {"router.gate", "algorithm.choice_after"} & plain.keys()
