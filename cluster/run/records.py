@@ -94,8 +94,8 @@ class Records:
         if self._closed == CLOSED_FOR:
             self.watch.note(
                 f"step {record['step']}: the gate has been closed for every prompt of {CLOSED_FOR} updates, so the "
-                "router learns nothing. Right where the frozen policy alone is best; else lower learner.learning_rate, raise "
-                "algorithm.choice_after or set router.gate: false"
+                "router learns nothing. Right where the frozen policy alone is best; else lower learner.learning_rate, "
+                "raise algorithm.choice_after or set router.gate: false"
             )
 
     def groups(self, step: int, kept: list[Group]) -> None:
