@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cluster.config import changed_keys
+from cluster.keys import changed_keys
 from cluster.run.folder import RunFolder
 from cluster.run.sweep import Point
 from cluster.watch import logs

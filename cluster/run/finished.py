@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RESUMABLE, RunConfig, flat, matches
+from cluster.config import RunConfig
+from cluster.keys import RESUMABLE, flat, matches
 from cluster.run.folder import RunFolder, RunFolderError
 from cluster.watch import logs
 from cluster.watch.comparison import Run

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from cluster.config import RunConfig, changed_keys, is_url, parse
+from cluster.config import RunConfig, is_url, parse
+from cluster.keys import changed_keys
 from cluster.run.mirror import Mirror
 
 NEEDED_BYTES = 256 * 2**20

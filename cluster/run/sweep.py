@@ -19,8 +19,9 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.config import ConfigError, RunConfig, changed_keys, load
+from cluster.config import ConfigError, RunConfig, load
 from cluster.jobs.client import Jobs
+from cluster.keys import changed_keys
 from cluster.run.folder import RunFolder
 
 POLL_S = 1.0

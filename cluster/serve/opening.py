@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ConfigError, RunConfig, changed, flat, matches
+from cluster.config import ConfigError, RunConfig, changed
+from cluster.keys import flat, matches
 from cluster.run.preflight import check_models
 from cluster.run.trained import Trained, open_trained
 from cluster.zoo import paths
