@@ -69,6 +69,7 @@ def step_metrics(
     staleness = [version - group.version for group in groups]
     hits, misses = sum(r.hits for r in reports), sum(r.misses for r in reports)
     tokens = sum(report.tokens for report in reports)
+    untaught = sum(not has_signal(group.rewards, group.statuses) for group in groups)
     stages = {
         "encode": sum(report.encode_s for report in reports),
         "rollout": sum(report.rollout_s for report in reports),
@@ -79,7 +80,7 @@ def step_metrics(
         "reward/mean": _mean(rewards),
         "reward/std": pstdev(rewards) if rewards else 0.0,
         **{f"reward/{task}": _mean(r for g in mine for r in g.ok_rewards) for task, mine in by_task(groups).items()},
-        "groups/no_signal": _mean(not has_signal(group.rewards, group.statuses) for group in groups),
+        "groups/no_signal": (untaught + pipeline.filtered) / (len(groups) + pipeline.filtered),
         "rewards/masked_fraction": 1 - len(rewards) / completions,
         **{f"rewards/masked_fraction/{task}": _masked(mine) for task, mine in by_task(groups).items()},
         **{f"verdicts/{task}/{status}": float(count) for (task, status), count in verdicts(groups).items()},
