@@ -72,7 +72,7 @@ def cluster_checks(found: Mapping[str, Any], config: RunConfig | None) -> list[C
         return checks
     checks += [_place(key, place, nodes) for key, place in places(config).items()]
     for kind, name in (("total", "resources"), ("free", "resources now")):
-        gpus = [placement.Node(node["name"], int(node[kind]["GPU"])) for node in nodes]
+        gpus = [placement.Node(node["name"], int(node[kind]["GPU"]), known_memory(config)) for node in nodes]
         checks.append(resources(config, gpus, sum(node[kind]["CPU"] for node in nodes), name))
         if not checks[-1].ok:
             break
@@ -135,8 +135,15 @@ def local_resources(config: RunConfig) -> Check:
 
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return resources(config, [placement.Node("this machine", gpus)], float(os.cpu_count() or 1))
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    said = min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=None)
+    here = placement.Node("this machine", len(gpus), known_memory(config) or said)
+    return resources(config, [here], float(os.cpu_count() or 1))
+
+
+def known_memory(config: RunConfig) -> int | None:
+    """Bytes of every GPU, where the configuration says so; a run asks the cluster's machines otherwise."""
+    return None if config.ray.gpu_memory_gb is None else int(config.ray.gpu_memory_gb * GIB)
 
 
 def resources(config: RunConfig, nodes: Sequence[placement.Node], cpus: float, name: str = "resources") -> Check:

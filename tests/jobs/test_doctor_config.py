@@ -138,6 +138,16 @@ def test_gpus_that_others_hold_are_not_there(model: Path, tmp_path: Path) -> Non
     assert found["resources"].ok and not found["resources now"].ok
 
 
+@pytest.mark.parametrize(("gib", "fits"), [(80, True), (0.5, False)])
+def test_gpus_too_small_for_a_model_are_a_finding(model: Path, gib: float, fits: bool) -> None:
+    models = [f"{key}={model}" for key in ("experts.0.model", "experts.1.model", "policy.model")]
+    asked = [*models, "policy.gpus=1", f"ray.gpu_memory_gb={gib}"]
+    config = load(ROOT / "configs" / "quickstart.yaml", asked)
+    checks = cluster_checks.cluster_checks({"nodes": [node("a")], "open": False}, config)
+    (resources,) = [check for check in checks if check.name == "resources"]
+    assert resources.ok == fits and ("policy: Rollout needs" in resources.detail) != fits
+
+
 def test_a_recipe_that_cannot_be_read_is_a_finding_too(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
