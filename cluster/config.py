@@ -301,10 +301,27 @@ def _overridden(tree: Any, overrides: Sequence[str], where: str) -> RunConfig:
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         try:
-            OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
+            _put(tree, key, yaml.safe_load(value))
+        except IndexError as error:
+            raise ConfigError(f"override {override!r} cannot be applied: {error}") from error
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
     return parse(OmegaConf.to_container(tree, resolve=True), where)
+
+
+def _put(tree: Any, key: str, value: Any) -> None:
+    """Sets one key; the index after a list's last adds an item to it."""
+    parts = key.split(".")
+    for at in range(1, len(parts)):
+        some, index = OmegaConf.select(tree, ".".join(parts[:at])), parts[at]
+        if not OmegaConf.is_list(some) or not index.isdecimal() or int(index) < len(some):
+            continue
+        if index != str(len(some)) or at + 1 < len(parts):
+            name = ".".join(parts[:at])
+            raise IndexError(f"{name} has {len(some)} items, from 0; {name}.{len(some)}={{...}} adds one")
+        some.append(value)
+        return
+    OmegaConf.update(tree, key, value, force_add=True)
 
 
 def parse(values: Any, where: str) -> RunConfig:

@@ -15,8 +15,9 @@ from cluster.config import RunConfig
 INTRO = """# Configuration
 
 A recipe is YAML; `key=value` behind it on the command line overrides (`learner.learning_rate=1e-4`, list items
-by index: `experts.0.model=...`). Unknown keys are refused with the nearest right one. `--dry-run` prints the whole
-resolved configuration and the plan of workers. This page is made by `scripts/config_reference.py`.
+by index: `experts.0.model=...`; the index after the last adds an item). Unknown keys are refused with the nearest
+right one. `--dry-run` prints the whole resolved configuration and the plan of workers. This page is made by
+`scripts/config_reference.py`.
 """
 
 

@@ -37,6 +37,7 @@ CASES = {
     "no such router": ("router.init=/nowhere", "router.init"),
     "no such plug-in": ("router.kind=nowhere:Router", "router.kind"),
     "not an override": ("seed", "key=value"),
+    "no such item": ("experts.7.model=x", "experts has"),
     "ZeRO 3": ("learner.zero_stage=3", "ZeRO 3"),
 }
 
