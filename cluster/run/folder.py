@@ -122,6 +122,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config.as_yaml())
 
+    def withdraw(self) -> None:
+        """Removes the folder of a run that was refused after `prepare` and has not begun: its name is free again."""
+        if not self.start.exists() and not self.checkpoints.exists():
+            shutil.rmtree(self.path)
+
     def saved_config(self) -> RunConfig:
         """The configuration the run was started with.
 

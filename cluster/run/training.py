@@ -6,7 +6,7 @@ import asyncio
 
 from rich.console import Console
 
-from cluster.config import RunConfig
+from cluster.config import ConfigError, RunConfig
 from cluster.run import checkpoint
 from cluster.run.folder import RunFolder
 from cluster.run.preflight import check_models, check_names, check_prompts, check_start
@@ -45,6 +45,9 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         folder.prepare(config, overwrite)
         try:
             return asyncio.run(Session(config, folder, tasks, console).run()).status
+        except ConfigError:
+            folder.withdraw()
+            raise
         finally:
             folder.shared(console.print)
     finally:

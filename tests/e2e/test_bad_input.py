@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from cluster import cli
 from tests.e2e.conftest import Runs
@@ -47,6 +48,16 @@ def test_bad_values_are_refused(
     runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str, named: str
 ) -> None:
     assert named in refused(capsys, monkeypatch, "train", str(runs.recipe), override)
+    assert not (runs.folder / "runs" / "run").exists()
+
+
+def test_a_run_that_its_cluster_refuses_leaves_its_name_free(runs: Runs) -> None:
+    from cluster.config import ConfigError, load
+    from cluster.run.training import train
+
+    config = load(runs.recipe, ["execution=ray", "policy.gpus=1"])
+    with pytest.raises(ConfigError, match="ask for 1 GPUs .* and the cluster has 0"):
+        train(config, resume=False, overwrite=False, console=Console(quiet=True))
     assert not (runs.folder / "runs" / "run").exists()
 
 
