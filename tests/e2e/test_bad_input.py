@@ -56,7 +56,7 @@ def test_a_run_that_its_cluster_refuses_leaves_its_name_free(runs: Runs) -> None
     from cluster.run.training import train
 
     config = load(runs.recipe, ["execution=ray", "policy.gpus=1"])
-    with pytest.raises(ConfigError, match="ask for 1 GPUs .* and the cluster has 0"):
+    with pytest.raises(ConfigError, match=r"ask for 1 GPUs .* and the cluster has 0"):
         train(config, resume=False, overwrite=False, console=Console(quiet=True))
     assert not (runs.folder / "runs" / "run").exists()
 
