@@ -264,7 +264,7 @@ def compare(
     from cluster.watch import comparison
 
     arms = comparison.compare([read(run) for run in runs])
-    console.print(comparison.table(arms))
+    console.print(comparison.Comparison(arms))
     for path in comparison.write(arms, out) if out else []:
         console.print(path, highlight=False, soft_wrap=True)
 

@@ -57,7 +57,7 @@ def run(plan: Plan, parallel: int, address: str | None, out: Path | None, consol
         frozen = finished.frozen(done[0].config.folder) if any(arm.name for arm in arms) else []
         known = {run.name for run in runs}
         found = comparison.compare([*runs, *(run for run in frozen if run.name not in known)])
-        console.print(comparison.table(found))
+        console.print(comparison.Comparison(found))
         if out:
             config = done[0].config
             page = report_arms(found, out / "report.html", plan.command, config)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -223,22 +224,58 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [run.name if run.name is not None else told[id(run)] for run in runs]
 
 
-def table(arms: Sequence[Arm]) -> Table:
-    """For the terminal: accuracies, then differences from the first arm, in points."""
-    columns = list(arms[0].accuracy)
-    shown = Table("arm", title="accuracy, % [95 % over seeds and prompts]; below it the difference from the first arm")
-    for name in ("seeds", "samples", "PFLOP", *columns):
-        shown.add_column(name, justify="right", no_wrap=name in columns)
-    for arm in arms:
-        cells = []
-        for column in columns:
-            cell = Text(arm.accuracy[column].text)
-            if column in arm.difference:
-                cell.append("\n").append_text(_signed(arm.difference[column]))
-            cells.append(cell)
-        spent = f"{arm.operations / 1e15:.2g}" if arm.operations else "–"
-        shown.add_row(arm.label, str(len(arm.seeds) or "–"), f"{arm.samples:,}", spent, *cells)
+TITLE = "accuracy, % [95 % over seeds and prompts]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """For the terminal: accuracies, then differences from the first arm, in points.
+
+    One table where it fits, else one for each column.
+    """
+
+    arms: Sequence[Arm]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = self._whole()
+        if console.measure(whole, options=options.update(max_width=10_000)).maximum <= options.max_width:
+            yield whole
+            return
+        spent = _by_arm("what it took", "seeds", "samples", "PFLOP")
+        for arm in self.arms:
+            spent.add_row(arm.label, *_spent(arm))
+        yield spent
+        for column in self.arms[0].accuracy:
+            shown = _by_arm(f"{column}: {TITLE}", "accuracy", "difference")
+            for arm in self.arms:
+                difference = _signed(arm.difference[column]) if column in arm.difference else ""
+                shown.add_row(arm.label, arm.accuracy[column].text, difference)
+            yield shown
+
+    def _whole(self) -> Table:
+        columns = list(self.arms[0].accuracy)
+        shown = _by_arm(f"{TITLE}; below it the difference from the first arm", "seeds", "samples", "PFLOP", *columns)
+        for arm in self.arms:
+            cells = []
+            for column in columns:
+                cell = Text(arm.accuracy[column].text)
+                if column in arm.difference:
+                    cell.append("\n").append_text(_signed(arm.difference[column]))
+                cells.append(cell)
+            shown.add_row(arm.label, *_spent(arm), *cells)
+        return shown
+
+
+def _by_arm(title: str, *columns: str) -> Table:
+    shown = Table("arm", title=title)
+    for name in columns:
+        shown.add_column(name, justify="right", no_wrap=True)
     return shown
+
+
+def _spent(arm: Arm) -> tuple[str, str, str]:
+    operations = f"{arm.operations / 1e15:.2g}" if arm.operations else "–"
+    return str(len(arm.seeds) or "–"), f"{arm.samples:,}", operations
 
 
 def markdown(arms: Sequence[Arm]) -> str:

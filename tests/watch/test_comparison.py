@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,8 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from cluster.watch.comparison import ComparisonError, Run, compare, crossed, labels, markdown, write
+from cluster.watch.comparison import (
+    Comparison,
+    ComparisonError,
+    Run,
+    compare,
+    crossed,
+    in_points,
+    labels,
+    markdown,
+    write,
+)
 from cluster.watch.results import MEAN
 
 
@@ -132,6 +144,18 @@ def test_files(tmp_path: Path) -> None:
     rows = list(csv.DictReader(written["results.csv"].splitlines()))
     assert len(rows) == 6 and rows[0]["difference"] == "" and float(rows[3]["difference"]) > 0
     assert markdown(arms).count("\n") == 4 and "router.kind=perceiver" in written["results.md"]
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 4), (200, 1)])
+def test_a_terminal_of_any_width_shows_every_number_whole(width: int, tables: int) -> None:
+    arms = compare([run("static", 0), run("perceiver", 0, 0.7)])
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(Comparison(arms))
+    said = console.export_text()
+    assert said.count("┏") == tables
+    assert all(f" {cell.text} " in said for arm in arms for cell in arm.accuracy.values())
+    assert all(f" {in_points(cell)} " in said for cell in arms[1].difference.values())
+    assert said.count("router.kind=perceiver") == tables
 
 
 def test_as_many_other_prompts_are_refused_too() -> None:
