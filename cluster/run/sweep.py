@@ -8,8 +8,6 @@ import itertools
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from cluster.config import ConfigError, RunConfig, load
 from cluster.jobs.client import Jobs
 from cluster.keys import changed_keys
 from cluster.run.folder import RunFolder
+from cluster.run.launched import Launched
 
 POLL_S = 1.0
 STOP_S = 900.0  # for a step and its checkpoint
@@ -200,36 +199,12 @@ def sweep(recipe: Path, points: Sequence[Point], parallel: int, address: str | N
                     bar.console.print(f"{each.point.config.run} failed: {each.said}", highlight=False, soft_wrap=True)
 
 
-class _Started:
-    """A run as a process of its own, with its output in a file beside its folder."""
+class _Started(Launched):
+    """A run as a process of this machine."""
 
     def __init__(self, recipe: Path, point: Point, address: str | None) -> None:
-        self.point, self.log = point, Path(f"{point.config.folder}.log")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-P", "-m", "cluster.cli", "train", str(recipe), *point.overrides, "--auto-resume"]
-        with self.log.open("ab") as out:
-            # In a group of its own: Ctrl-C reaches the sweep alone, which then stops its runs once.
-            self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-
-    @property
-    def over(self) -> bool:
-        return self._process.poll() is not None
-
-    @property
-    def succeeded(self) -> bool:
-        return self._process.returncode == 0
-
-    @property
-    def said(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'nothing'} (all of it: {self.log})"
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGINT)
-
-    def wait(self, limit_s: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(limit_s)
+        super().__init__(recipe, point.overrides, Path(f"{point.config.folder}.log"))
+        self.point = point
 
 
 class _Submitted:
@@ -261,11 +236,13 @@ class _Submitted:
 
 @contextlib.contextmanager
 def _all_stopped() -> Iterator[list[_Started | _Submitted]]:
-    """However the block ends, the runs under way are stopped with a checkpoint."""
+    """However the block ends, by SIGTERM too, the runs under way are stopped with a checkpoint."""
     running: list[_Started | _Submitted] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield running
     finally:
+        signal.signal(signal.SIGTERM, before)
         for each in running:
             each.stop()
         for each in running:
