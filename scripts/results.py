@@ -6,7 +6,8 @@
     python scripts/results.py --published          # go on from the published runs: train only what they lack
 
 What has finished is kept beside the page, in docs/results/*.tar.xz: of each run its settings, the verdict on every
-answer and its metrics.  Explanations stand in docs/results.md between the generated parts, and stay.
+answer and its metrics.  The pictures there are made with the page.  Explanations stand in docs/results.md between the
+generated parts, and stay.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from cluster.run.guarded import guarded  # noqa: E402
 from cluster.run.sweep import Arm as SweepArm  # noqa: E402
 from cluster.run.sweep import Point, grid, named_arms, tuned, tuning  # noqa: E402
 from cluster.run.sweeping import Plan, comparable, run  # noqa: E402
-from cluster.watch import comparison  # noqa: E402
+from cluster.watch import comparison, ladder  # noqa: E402
 from cluster.watch.comparison import Arm, Cell, Run  # noqa: E402
 from scripts.published import publish, restore  # noqa: E402
 
 TEXT, ORACLE, FROZEN = "experts' answers as text", "oracle route, hindsight", "frozen policy alone"
 BOTH, START = "router and LoRA 8", "warm start alone"
 PAGE, DATA = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
+BESIDE = ROOT / "docs" / "results"
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def main() -> None:
         plan = Plan(
             ROOT / section.recipe, fixed, named_arms(ROOT / section.arms), section.seeds, section.tune, "make results"
         )
-        archive = ROOT / "docs" / "results" / f"{section.name}.tar.xz"
+        archive = BESIDE / f"{section.name}.tar.xz"
         if given.published:
             _restore(plan, archive, console)
         if not given.no_runs and not run(plan, given.parallel, None, None, console):
@@ -228,6 +230,8 @@ def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, flo
         "arms": [_without_places(asdict(arm)) for arm in arms],
     }
     DATA.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for name, draw in (("ladder", ladder.ladder_figure), ("cost", ladder.cost_figure)):
+        draw(arms, BESIDE / f"{section.name}-{name}.png")
     text = PAGE.read_text(encoding="utf-8")
     begin, end = f"<!-- {section.name}: begin -->", f"<!-- {section.name}: end -->"
     if begin not in text:
@@ -253,7 +257,9 @@ def _markdown(
     lines = [f"`{section.recipe}`, `{section.arms}`; {len(arms[0].seeds)} seeds.", ""]
     if primary is not None:
         lines += [f"**{primary.text}**", ""]
+    lines += [f"![held-out accuracy of every arm, with every seed as a dot](results/{section.name}-ladder.png)", ""]
     lines += [comparison.markdown(arms)]
+    lines += [f"![accuracy against what training cost](results/{section.name}-cost.png)", ""]
     if pairs:
         lines += ["| difference, in points | [95 %] |", "|---|---|"]
         lines += [f"| {of} – {other} | {comparison.in_points(cell)} |" for (of, other), cell in pairs.items()] + [""]

@@ -13,7 +13,8 @@ from cluster.watch.results import COMPOSED, LABELS, MEAN, ORACLE, TEXT
 # Not rivals: the one knows the answers, in the other the experts decode.
 BEYOND = (LABELS[ORACLE], LABELS[TEXT])
 LONGEST = 36  # characters of a label
-_FAINT, _BAR = "#9aa5b1", "#cbd2d9"
+_FAINT, _BAR, _TEXT = "#9aa5b1", "#cbd2d9", "#1f2933"
+_LINE = 4.0  # points of accuracy that a label of the cost figure is high
 
 
 def short(label: str) -> str:
@@ -36,10 +37,10 @@ def ladder_figure(arms: Sequence[Arm], path: Path) -> None:
             for place, arm in enumerate(ordered):
                 cell, colour = arm.accuracy[column], COLOURS[0] if arm is arms[0] else _BAR
                 axes.barh(place, 100 * cell.value, color=colour, height=0.62, alpha=0.55 if arm is arms[0] else 1.0)
-                axes.plot([100 * cell.low, 100 * cell.high], [place, place], color="#1f2933", linewidth=1.4)
+                axes.plot([100 * cell.low, 100 * cell.high], [place, place], color=_TEXT, linewidth=1.4)
                 dots = [100 * value for value in arm.by_seed[column]]
                 spread = [place + 0.3 * ((i + 0.5) / len(dots) - 0.5) for i in range(len(dots))]
-                axes.scatter(dots, spread, s=16, color="#1f2933", zorder=3, linewidths=0)
+                axes.scatter(dots, spread, s=16, color=_TEXT, zorder=3, linewidths=0)
                 axes.annotate(f" {100 * cell.value:.1f}", (max([100 * cell.high, *dots]), place), va="center")
             axes.set_title("mean over tasks" if column == MEAN else f"{column} task")
             axes.set_xlim(0, 109)
@@ -47,7 +48,7 @@ def ladder_figure(arms: Sequence[Arm], path: Path) -> None:
         left = figure.axes[0]
         left.set_yticks(range(len(ordered)), [short(arm.label) for arm in ordered])
         for tick, arm in zip(left.yaxis.get_major_ticks(len(ordered)), ordered, strict=True):
-            tick.label1.set_color(_FAINT if arm.label in BEYOND else COLOURS[0] if arm is arms[0] else "#1f2933")
+            tick.label1.set_color(_FAINT if arm.label in BEYOND else COLOURS[0] if arm is arms[0] else _TEXT)
 
 
 def cost_figure(arms: Sequence[Arm], path: Path) -> None:
@@ -62,15 +63,33 @@ def cost_figure(arms: Sequence[Arm], path: Path) -> None:
     with drawn(path, 16, 5) as figure:
         panels = figure.subplots(1, max(len(known), 1), sharey=True, squeeze=False)[0]
         for axes, (name, values) in zip(panels, known, strict=False):
-            for value, arm in zip(values, trained, strict=True):
-                if not value:
-                    continue  # not known
+            drawn_here = [(value, arm) for value, arm in zip(values, trained, strict=True) if value]  # 0: not known
+            heights = apart([100 * arm.accuracy[column].value for _, arm in drawn_here], _LINE)
+            for (value, arm), height in zip(drawn_here, heights, strict=True):
                 cell, colour = arm.accuracy[column], COLOURS[0] if arm is arms[0] else _FAINT
                 axes.plot([value, value], [100 * cell.low, 100 * cell.high], color=colour, linewidth=1.2)
                 axes.scatter([value], [100 * cell.value], color=colour, s=36, zorder=3)
-                axes.annotate(f"  {short(arm.label)}", (value, 100 * cell.value), fontsize=8, va="center")
+                beside = value + 0.05 * max(values)
+                axes.plot([value, beside], [100 * cell.value, height], color=_BAR, linewidth=0.8, zorder=1)
+                axes.annotate(f" {short(arm.label)}", (beside, height), fontsize=8, va="center", color=_TEXT)
             axes.set_xlabel(name)
-            axes.set_xlim(0, 1.35 * max([*values, 1e-9]))
+            axes.set_xlim(0, 1.45 * max([*values, 1e-9]))
         figure.suptitle(
             f"Held-out accuracy, {'mean over tasks' if column == MEAN else column}, %, against cost", x=0.01, ha="left"
         )
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Places for labels, in the same order, no two closer than `gap` and all as near as can be to these."""
+    rows: list[tuple[float, list[int]]] = []  # labels that touch: the middle of where they want to be, and which
+    for index in sorted(range(len(places)), key=places.__getitem__):
+        rows.append((places[index], [index]))
+        while len(rows) > 1 and rows[-1][0] - rows[-2][0] < gap * (len(rows[-1][1]) + len(rows[-2][1])) / 2:
+            (upper, above), (lower, below) = rows.pop(), rows.pop()
+            both = below + above
+            rows.append(((lower * len(below) + upper * len(above)) / len(both), both))
+    found = [0.0] * len(places)
+    for middle, row in rows:
+        for order, index in enumerate(row):
+            found[index] = middle + gap * (order - (len(row) - 1) / 2)
+    return found

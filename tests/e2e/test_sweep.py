@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
 
 from cluster.config import ConfigError
+from cluster.run import sweep as sweeping
 from cluster.run.sweep import Arm, combinations, grid, named_arms, tuned, tuning
 from cluster.run.sweeping import comparable
 from tests.e2e.conftest import Runs
@@ -104,6 +107,25 @@ def test_without_its_yardstick_nothing_is_compared_and_what_shares_no_seed_is_le
     assert kept("a-s1", "b-s0", "c-s0") == ["a-s1", "c-s0"]
     assert kept("b-s0", "a-s0", "b-s1") == ["a-s0", "b-s0", "b-s1"]
     assert "nothing is compared" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_sweep_that_is_terminated_stops_its_runs_with_a_checkpoint() -> None:
+    class Running:
+        said: ClassVar[list[str]] = []
+
+        def stop(self) -> None:
+            self.said.append("stop")
+
+        def wait(self, limit_s: float) -> None:
+            self.said.append("wait")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sweeping._all_stopped() as running:
+        running.append(Running())  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for("the signal", lambda: False, 5)
+    assert Running.said == ["stop", "wait"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import parse
 from cluster.run.reporting import report_arms
 from cluster.watch.comparison import Run, compare, primary
 from cluster.watch.curves import ENTROPY, REWARD, sharpening
-from cluster.watch.ladder import BEYOND, short
+from cluster.watch.ladder import BEYOND, apart, short
 from cluster.watch.report import write_report
 from cluster.watch.sections import sections_of
 from tests.watch.made_up import evaluation, record, result
@@ -135,6 +139,18 @@ def arms_page(folder: Path) -> Path:
         "experts": [{"name": "one", "model": "one"}], "policy": {"model": "p"},
     }  # fmt: skip
     return report_arms(compare(several()), folder / "out" / "report.html", "musketeers sweep", parse(values, "test"))
+
+
+@given(st.lists(st.floats(0, 100), max_size=20))
+def test_labels_stand_apart_in_their_order_and_move_only_where_they_must(places: list[float]) -> None:
+    found = apart(places, 4.0)
+    order = sorted(range(len(places)), key=places.__getitem__)
+    assert all(found[b] - found[a] >= 4.0 - 1e-9 for a, b in itertools.pairwise(order))
+    assert math.isclose(sum(found), sum(places), abs_tol=1e-9), "labels that touch are moved as far up as down"
+    ends = [-math.inf, *(found[i] for i in order), math.inf]
+    for below, index, above in zip(ends, order, ends[2:], strict=False):
+        if places[index] - below > 4.0 and above - places[index] > 4.0:
+            assert found[index] == places[index]
 
 
 def test_several_arms_have_a_page_with_ladder_and_costs(tmp_path: Path) -> None:
