@@ -19,7 +19,10 @@ RESUMABLE = (
     "tracking",
     "cache",
     "checkpoint",
-    "evaluation",
+    "evaluation.every",
+    "evaluation.validation_prompts",
+    "evaluation.batch",
+    "evaluation.cache",
     "pipeline",
     "rewards.workers",
     "rewards.processes",
@@ -68,6 +71,9 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
 
 def changed_keys(saved: RunConfig, now: RunConfig) -> list[str]:
     """Keys that differ and that a resumed run may not change."""
+    free = list(RESUMABLE)
+    if all(config.algorithm.choice_after == config.choice_after_by_itself for config in (saved, now)):
+        free.append("algorithm.choice_after")  # it follows from the steps, which may change
     before, after = flat(saved.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return [key for key in differing if not matches(key, RESUMABLE)]
+    return [key for key in differing if not matches(key, free)]

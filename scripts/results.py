@@ -33,9 +33,10 @@ from cluster.run.sweep import Point, grid, named_arms, tuned, tuning  # noqa: E4
 from cluster.run.sweeping import Plan, comparable, run  # noqa: E402
 from cluster.watch import comparison, ladder  # noqa: E402
 from cluster.watch.comparison import Arm, Cell, Run  # noqa: E402
+from cluster.watch.results import LABELS  # noqa: E402
 from scripts.published import publish, restore  # noqa: E402
 
-TEXT, ORACLE, FROZEN = "experts' answers as text", "oracle route, hindsight", "frozen policy alone"
+TEXT, FROZEN = LABELS["text"], LABELS["frozen_policy"]
 BOTH, START = "router and LoRA 8", "warm start alone"
 PAGE, DATA = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
 BESIDE = ROOT / "docs" / "results"
@@ -47,8 +48,6 @@ class Section:
 
     pairs: differences beside those from the first arm: of the one from the other.
     fixed: settings of all its runs, which then lie in a folder of their own.
-    beyond: what is no rival of the first arm: one baseline knows the answers, one decodes with the experts, and a
-        router before its first update, or with an adapter, is that very router with less or more to train.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Section:
     seeds: int
     tune: str | None = None
     pairs: tuple[tuple[str, str], ...] = ()
-    beyond: tuple[str, ...] = (TEXT, ORACLE, BOTH, START)
     fixed: tuple[str, ...] = ()
 
 
@@ -74,7 +72,6 @@ SECTIONS = (
             ("no gate", FROZEN),
             ("no gate, with LoRA 8", "LoRA 8"),
         ),
-        beyond=(TEXT, ORACLE, BOTH, "LoRA 8"),
     ),
     Section(
         "composed",
@@ -158,7 +155,8 @@ def main() -> None:
         if ended.folders and not publish(archive, ended.folders, console.print):
             continue  # or the page would be about other runs than those beside it
         if ended.arms and (runs := _compared(ended.points, ended.arms, console)):
-            _write(section, runs, ended.tried)
+            # A router before its first update is that very router with less to train.
+            _write(section, runs, ended.tried, (*plan.beyond, START))
         else:
             console.print(f"{section.name}: too little has finished for a comparison")
     console.print(PAGE, DATA, highlight=False)
@@ -216,11 +214,11 @@ def _compared(done: Sequence[Point], arms: Sequence[SweepArm], console: Console)
     return [*runs, *(run for run in finished.frozen(kept[0].config.folder) if run.name not in known)]
 
 
-def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, float]]) -> None:
+def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, float]], beyond: Sequence[str]) -> None:
     arms = comparison.compare(runs)
     there = {run.name for run in runs}
     pairs = {pair: _difference(runs, *pair) for pair in section.pairs if there >= set(pair)}
-    primary = comparison.primary(arms, section.beyond)
+    primary = comparison.primary(arms, beyond)
     values = json.loads(DATA.read_text()) if DATA.is_file() else {}
     values[section.name] = {
         "command": f"python scripts/results.py --only {section.name}",
@@ -236,7 +234,7 @@ def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, flo
     begin, end = f"<!-- {section.name}: begin -->", f"<!-- {section.name}: end -->"
     if begin not in text:
         text += f"\n## {section.name.capitalize()}\n\n{begin}\n{end}\n"
-    made = f"{begin}\n{_markdown(section, arms, primary, pairs, tried)}{end}"
+    made = f"{begin}\n{_markdown(section, arms, primary, pairs, tried, beyond)}{end}"
     PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: made, text, flags=re.S), encoding="utf-8")
 
 
@@ -253,10 +251,12 @@ def _markdown(
     primary: comparison.Primary | None,
     pairs: dict[tuple[str, str], Cell],
     tried: dict[str, dict[str, float]],
+    beyond: Sequence[str],
 ) -> str:
     lines = [f"`{section.recipe}`, `{section.arms}`; {len(arms[0].seeds)} seeds.", ""]
     if primary is not None:
-        lines += [f"**{primary.text}**", ""]
+        apart = ", ".join(arm.label for arm in arms if arm.label in beyond)
+        lines += [f"**{primary.text}** Not among its rivals: {apart}.", ""]
     lines += [f"![held-out accuracy of every arm, with every seed as a dot](results/{section.name}-ladder.png)", ""]
     lines += [comparison.markdown(arms)]
     lines += [f"![accuracy against what training cost](results/{section.name}-cost.png)", ""]

@@ -198,6 +198,7 @@ class Driver:
         flat = [group for group in groups if not has_signal(group.rewards, group.statuses)]
         self._note(flat)
         self.admission.filter([group.ordinal for group in flat])
+        self.samples += sum(len(group.statuses) for group in flat)
         for group in flat:
             del self._waves[group.ordinal]
         self._filtered += len(flat)
@@ -223,7 +224,9 @@ class Driver:
                 continue
             if self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps:
                 await self.save()
+            begun = time.perf_counter()
             await self.learning.again(lambda: self.sink.validate(self.step, self.learning.router))
+            self._last += time.perf_counter() - begun  # measuring is not training
         await self._written()
         if self.step % self.config.checkpoint.every and self.step < self.config.steps:
             await self.save()

@@ -17,8 +17,8 @@ from cluster.watch.results import ROUTER, SHUFFLED_WITHIN_TASK, label
 from experts.config import EngineConfig
 
 # Names and places, and what changes how fast a run is but not what it computes.
-BESIDE_THE_POINT = ("run", "root", "seed", *(key for key in RESUMABLE if key not in ("steps", "evaluation")))
-WHILE_TRAINING = tuple(f"evaluation.{key}" for key in ("every", "validation_prompts", "batch", "cache"))
+BESIDE_THE_POINT = ("run", "root", "seed", *(key for key in RESUMABLE if key != "steps"))
+BY_ITSELF = "default"  # the value of a setting that follows from others
 
 
 def read(folder: Path, name: str | None = None) -> Run:
@@ -34,14 +34,12 @@ def read(folder: Path, name: str | None = None) -> Run:
     after = _last(run, "after")
     summary = json.loads(run.summary.read_text())
     settings = flat(config.model_dump(mode="json"))
-    kept: dict[str, Any] = {
-        key: value for key, value in settings.items() if not matches(key, (*BESIDE_THE_POINT, *WHILE_TRAINING))
-    }
+    kept: dict[str, Any] = {key: value for key, value in settings.items() if not matches(key, BESIDE_THE_POINT)}
     # What follows from other settings would stand beside them in every label.
     if config.router.gate == config.gate_by_itself:
-        del kept["router.gate"]
+        kept["router.gate"] = BY_ITSELF
     if config.algorithm.choice_after == config.choice_after_by_itself:
-        del kept["algorithm.choice_after"]
+        kept["algorithm.choice_after"] = BY_ITSELF
     begun = run.costs_of_start()
     steps = [begun, *logs.read(run.metrics)]
 

@@ -135,7 +135,10 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise RunFolderError(f"{self.path} is no run's folder: it has no config.yaml")
-        return parse(yaml.safe_load(self.config.read_text()), str(self.config))
+        values = yaml.safe_load(self.config.read_text())
+        if isinstance(values, dict) and isinstance(algorithm := values.get("algorithm"), dict):
+            algorithm.setdefault("choice_after", 0)  # a version before this setting did not wait
+        return parse(values, str(self.config))
 
     def share(self, note: Callable[[str], None]) -> None:
         """Begins to bring the copy up to date, in a thread: nothing waits for storage while it trains.

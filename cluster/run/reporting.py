@@ -68,15 +68,17 @@ def report_runs(runs: Sequence[Path], out: Path, command: str) -> Path:
     return report_arms(arms, out, command, config)
 
 
-def report_arms(arms: Sequence[Arm], out: Path, command: str, config: RunConfig) -> Path:
-    """The same from arms; config: of a run of the first arm."""
+def report_arms(
+    arms: Sequence[Arm], out: Path, command: str, config: RunConfig, beyond: Sequence[str] = ladder.BEYOND
+) -> Path:
+    """The same from arms; config: of a run of the first arm.  beyond: labels of those that are no rivals."""
     out.parent.mkdir(parents=True, exist_ok=True)
     steps, cost = out.with_name("ladder.png"), out.with_name("cost.png")
     ladder.ladder_figure(arms, steps)
     ladder.cost_figure(arms, cost)
-    primary = comparison.primary(arms, ladder.BEYOND)
+    primary = comparison.primary(arms, beyond)
     said = primary.text if primary else f"{arms[0].label}: there is nothing to compare it with."
-    apart = ", ".join(arm.label for arm in arms if arm.label in ladder.BEYOND)
+    apart = ", ".join(arm.label for arm in arms if arm.label in beyond)
     top = lead(said) + paragraph(f"Not among its rivals: {apart}." if apart else "", faint=True)
     top += picture(steps, "Held-out accuracy of every arm, with every seed as a dot")
     columns = list(arms[0].accuracy)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -32,11 +33,16 @@ TUNING_SEED = 1000  # of the runs that choose a setting, and of no others
 
 @dataclass(frozen=True)
 class Arm:
-    """Settings that are compared with others.  name: for people; None where the settings themselves tell."""
+    """Settings that are compared with others.
+
+    name: for people; None where the settings themselves tell.
+    rival: whether the first arm has to beat it, or it is the first arm with more to train.
+    """
 
     slug: str
     overrides: tuple[str, ...]
     name: str | None = None
+    rival: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +59,36 @@ class Point:
         summary = RunFolder(self.config.folder).summary
         if not summary.is_file():
             return False
-        # A finished run of fewer steps goes on.
-        return not self.config.trains or json.loads(summary.read_text())["steps"] >= self.config.steps
+        return not self.config.trains or json.loads(summary.read_text())["steps"] == self.config.steps
 
     def check(self) -> None:
-        """Refuses a run of this name that computes something else.
+        """Refuses a run of this name that computes something else, or for another number of steps.
+
+        A run alone may be made longer; beside others it would be one whose schedule began anew on its way.
 
         Raises:
             ConfigError: naming what differs.
         """
         folder = RunFolder(self.config.folder)
-        if folder.config.is_file() and (keys := changed_keys(folder.saved_config(), self.config)):
-            said = ", ".join(keys[:4])
-            raise ConfigError(f"{folder.path} is another run ({said} differ): give the sweep another run=NAME")
+        if not folder.config.is_file():
+            return
+        saved = folder.saved_config()
+        keys = ["steps"] * (saved.steps != self.config.steps) + changed_keys(saved, self.config)
+        if keys:
+            raise ConfigError(
+                f"{folder.path} is another run, with other {', '.join(keys[:4])}: give the sweep another run=NAME"
+            )
+
+
+class _Told(BaseModel):
+    """An arm in a file that says more of it than its overrides."""
+
+    model_config = ConfigDict(extra="forbid")
+    overrides: list[str]
+    rival: bool = True
+
+
+_Given = list[str] | _Told
 
 
 def combinations(over: Sequence[str]) -> list[Arm]:
@@ -86,7 +109,7 @@ def combinations(over: Sequence[str]) -> list[Arm]:
 
 
 def named_arms(path: Path, chosen: Sequence[str] = ()) -> list[Arm]:
-    """Arms from a YAML file that maps names to lists of overrides.
+    """Arms from a YAML file that maps names to lists of overrides, or to `{overrides: [...], rival: false}`.
 
     chosen: names; none means all.
 
@@ -97,18 +120,24 @@ def named_arms(path: Path, chosen: Sequence[str] = ()) -> list[Arm]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--arms {path} cannot be read: {' '.join(str(error).split())}") from error
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(
-            isinstance(name, str) and isinstance(value, list) and all(isinstance(each, str) for each in value)
-            for name, value in content.items()
-        )
-    ):
-        raise ConfigError(f"--arms {path} must map names to lists of key=value texts")
-    if missing := [name for name in chosen if name not in content]:
-        raise ConfigError(f"--arms {path} has no {missing[0]!r}: it has {', '.join(content)}")
-    return [Arm(_plain(name), tuple(content[name]), str(name)) for name in chosen or content]
+    try:
+        given = TypeAdapter(dict[str, _Given]).validate_python(content, strict=True)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"][:1])) or "it"
+        raise ConfigError(
+            f"--arms {path} must map names to lists of key=value texts, or to {{overrides: [...], rival: false}}: "
+            f"{where} does not"
+        ) from error
+    if not given:
+        raise ConfigError(f"--arms {path} names no arm")
+    if missing := [name for name in chosen if name not in given]:
+        raise ConfigError(f"--arms {path} has no {missing[0]!r}: it has {', '.join(given)}")
+    arms = []
+    for name in chosen or given:
+        each = given[name]
+        told = each if isinstance(each, _Told) else _Told(overrides=each)
+        arms.append(Arm(_plain(name), tuple(told.overrides), name, told.rival))
+    return arms
 
 
 def grid(recipe: Path, overrides: Sequence[str], arms: Sequence[Arm], seeds: int) -> list[Point]:
@@ -140,7 +169,7 @@ def tuning(recipe: Path, overrides: Sequence[str], arms: Sequence[Arm], tune: st
     found: dict[Arm, list[Point]] = {}
     for arm in arms:
         for each in combinations([tune]):
-            both = Arm(f"{arm.slug}-{each.slug}", (*arm.overrides, *each.overrides), arm.name)
+            both = Arm(f"{arm.slug}-{each.slug}", (*arm.overrides, *each.overrides), arm.name, arm.rival)
             point = _point(recipe, overrides, both, TUNING_SEED, "tuning")
             if point.config.trains:
                 every = (*point.overrides, f"evaluation.every={point.config.steps}")

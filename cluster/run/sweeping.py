@@ -14,6 +14,7 @@ from cluster.run.preflight import check_names
 from cluster.run.reporting import report_arms
 from cluster.run.sweep import Arm, Point, grid, sweep, tuned, tuning
 from cluster.watch import comparison
+from cluster.watch.ladder import BEYOND
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Plan:
     seeds: int
     tune: str | None
     command: str
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Labels of what the first arm need not beat."""
+        return (*BEYOND, *(arm.name for arm in self.arms if arm.name and not arm.rival))
 
 
 def run(plan: Plan, parallel: int, address: str | None, out: Path | None, console: Console) -> bool:
@@ -60,7 +66,7 @@ def run(plan: Plan, parallel: int, address: str | None, out: Path | None, consol
         console.print(comparison.Comparison(found))
         if out:
             config = done[0].config
-            page = report_arms(found, out / "report.html", plan.command, config)
+            page = report_arms(found, out / "report.html", plan.command, config, plan.beyond)
             for path in [*comparison.write(found, out), page]:
                 console.print(path, highlight=False, soft_wrap=True)
     return succeeded

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cluster.watch.intervals import paired_bootstrap
 
 KNOCKED_OUT, SHUFFLED, MEAN_STATES = "knocked out", "states shuffled", "states replaced by their mean"
 FROZEN = "prefix frozen"
+PERMUTATIONS = 2_000
 FEWEST = 10  # prompts, below which no correlation is told
 
 
@@ -46,7 +48,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Foretold:
-    """Spearman's rho between attention and loss, over `count` pairs, with its p-value; None where it is undefined."""
+    """Spearman's rho between attention and loss, over `count` pairs; None where it is undefined.
+
+    p: how often as much would come by chance; None where pairs are too few, or depend on each other.
+    """
 
     rho: float | None
     p: float | None
@@ -83,16 +88,24 @@ class Ablation:
         return found
 
     def over_cells(self) -> Foretold:
-        """Over tasks and experts: does the expert that is looked at most cost most?"""
+        """Over tasks and experts: does the expert that is looked at most cost most?
+
+        Without a p-value: the shares of a task add up to one, so cells are not independent.
+        """
         cells = [loss for loss in self.losses() if loss.what == KNOCKED_OUT]
-        return foretold([cell.attention or 0.0 for cell in cells], [cell.loss for cell in cells])
+        found = foretold([0] * len(cells), [cell.attention or 0.0 for cell in cells], [cell.loss for cell in cells])
+        return replace(found, p=None)
 
     def over_prompts(self) -> dict[str, Foretold]:
-        """By expert, over the prompts that the router got right: is one that looks more at it lost more often?"""
+        """By expert, over the prompts that the router got right: is one that looks more at it lost more often?
+
+        Compared within tasks: that one task looks at an expert and needs it says nothing of single prompts.
+        """
         right = np.flatnonzero(self.full)
         lost = {each.expert: each.outcomes for each in self.ablated if each.what == KNOCKED_OUT}
+        tasks = [self.tasks[row] for row in right]
         return {
-            expert: foretold(self.attention[right, place], [1 - lost[expert][row] for row in right])
+            expert: foretold(tasks, self.attention[right, place], [1 - lost[expert][row] for row in right])
             for place, expert in enumerate(self.experts)
         }
 
@@ -108,15 +121,27 @@ class Ablation:
         }
 
 
-def foretold(attention: Sequence[float] | np.ndarray, losses: Sequence[float]) -> Foretold:
-    """Spearman's rank correlation, where both vary."""
-    from scipy.stats import spearmanr
+def foretold(
+    strata: Sequence[object], attention: Sequence[float] | np.ndarray, losses: Sequence[float], seed: int = 0
+) -> Foretold:
+    """Spearman's rank correlation within strata, where both vary, and its p-value by permuting within them."""
+    from scipy.stats import rankdata
 
-    count = len(losses)
-    if count < 3 or np.ptp(attention) == 0 or np.ptp(losses) == 0:
+    count, rng = len(losses), np.random.default_rng(seed)
+    rows = [np.flatnonzero([mine == stratum for mine in strata]) for stratum in dict.fromkeys(strata)]
+    pairs = []
+    for mine in rows:
+        ranks = [rankdata(np.asarray(values, dtype=float)[mine]) for values in (attention, losses)]
+        pairs.append([rank - rank.mean() for rank in ranks])
+    size = math.sqrt(math.prod(sum(float(pair[side] @ pair[side]) for pair in pairs) for side in (0, 1)))
+    if count < 3 or size == 0:
         return Foretold(None, None, count)
-    found = spearmanr(attention, losses)
-    return Foretold(float(found.statistic), float(found.pvalue), count)
+    rho = sum(float(looked @ lost) for looked, lost in pairs) / size
+    shuffled = np.zeros(PERMUTATIONS)
+    for looked, lost in pairs:
+        shuffled += rng.permuted(np.tile(lost, (PERMUTATIONS, 1)), axis=1) @ looked / size
+    as_much = int((np.abs(shuffled) >= abs(rho) - 1e-12).sum())
+    return Foretold(rho, (1 + as_much) / (1 + PERMUTATIONS), count)
 
 
 def table(ablation: Mapping[str, Any]) -> Table:
@@ -146,13 +171,13 @@ def said(ablation: Mapping[str, Any]) -> list[str]:
     if cells["rho"] is not None:
         lines.append(
             f"over {cells['count']} pairs of task and expert, attention and loss have a rank correlation of "
-            f"{cells['rho']:+.2f} (p = {cells['p']:.2g})"
+            f"{cells['rho']:+.2f}"
         )
     for expert, found in foretells["over_prompts"].items():
         if found["rho"] is not None and found["count"] >= FEWEST:
             lines.append(
                 f"over the {found['count']} prompts that the router got right, attention on {expert} and losing the "
-                f"prompt without it: {found['rho']:+.2f} (p = {found['p']:.2g})"
+                f"prompt without it, within tasks: {found['rho']:+.2f} (p = {found['p']:.2g})"
             )
     return lines or ["attention or loss does not vary: nothing can be said of how one foretells the other"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +114,19 @@ def bounded(means: np.ndarray, tasks: Sequence[Accuracy], lowest: float) -> Inte
     down = _mean_spread([rate * (task.share - lowest) for rate, task in zip(unseen, tasks, strict=True)])
     up = _mean_spread([rate * (1.0 - task.share) for rate, task in zip(unseen, tasks, strict=True)])
     return Interval(max(lowest, min(low, value - down)), min(1.0, max(high, value + up)))
+
+
+def beats_the_best_of(rivals: int, difference: float, high: float) -> bool:
+    """Whether the best of several rivals is shown to be better, though it was picked for being the best.
+
+    With a dozen rivals as good as the first, the best of them was "better" 16 times in 100: so its limit is that of so
+    many comparisons (Bonferroni's, taking the interval for a normal one).  That the first beats them all needs none.
+
+    Args:
+        difference, high: the first less that rival, and the upper limit of its 95 % interval.
+    """
+    wider = NormalDist().inv_cdf(1 - 0.025 / rivals) / Z_95
+    return difference + (high - difference) * wider < 0
 
 
 def _distances(accuracy: Accuracy) -> tuple[float, float]:

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NotRequired, TypedDict
 
-from cluster.watch.intervals import Accuracy, Interval, newcombe, paired_bootstrap, wilson, wilson_mean
+from cluster.watch.intervals import (
+    Accuracy,
+    Interval,
+    beats_the_best_of,
+    newcombe,
+    paired_bootstrap,
+    wilson,
+    wilson_mean,
+)
 
 MEAN = "mean"
 COMPOSED = "composed"
@@ -50,6 +58,7 @@ class Comparison:
 
     difference: router - baseline, with its 95 % interval from `low` to `high`.
     paired: whether the interval comes from prompt-by-prompt outcomes.
+    rivals: how many the baseline is the best of.
     """
 
     column: str
@@ -60,6 +69,12 @@ class Comparison:
     low: float
     high: float
     paired: bool
+    rivals: int = 1
+
+    @property
+    def lost(self) -> bool:
+        """Whether the baseline is shown to be better."""
+        return beats_the_best_of(self.rivals, self.difference, self.high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,15 +141,20 @@ def best_baseline(evaluation: Evaluation, column: str) -> str:
     Raises:
         ValueError: when no baseline was evaluated on it (for the mean: on all tasks of the router).
     """
+    known = _rivals(evaluation, column)
+    if not known:
+        raise ValueError(f"no baseline was evaluated on {column}: there is nothing to compare the router with")
+    return max(known, key=lambda name: known[name])
+
+
+def _rivals(evaluation: Evaluation, column: str) -> dict[str, float]:
+    """Baselines that were evaluated on a column, and how they did."""
     needed = set(evaluation[ROUTER]["tasks"]) if column == MEAN else {column}
-    known = {
+    return {
         name: accuracy(result, column) or 0.0
         for name, result in evaluation.items()
         if is_baseline(name) and needed <= set(result["tasks"])
     }
-    if not known:
-        raise ValueError(f"no baseline was evaluated on {column}: there is nothing to compare the router with")
-    return max(known, key=lambda name: known[name])
 
 
 def compare(evaluation: Evaluation, baseline: str, column: str) -> Comparison:
@@ -157,6 +177,7 @@ def compare(evaluation: Evaluation, baseline: str, column: str) -> Comparison:
         low=bounds.low,
         high=bounds.high,
         paired=paired,
+        rivals=max(1, len(_rivals(evaluation, column))) if is_baseline(baseline) else 1,
     )
 
 
@@ -191,7 +212,7 @@ def _sentence(result: Comparison) -> str:
     )
     if result.low > 0:
         return f"Collaboration wins: {against}"
-    if result.high < 0:
+    if result.lost:
         return f"On this mixture {_winner(result.baseline)} wins: {against}"
     return f"No difference shown: {against}"
 
@@ -199,7 +220,7 @@ def _sentence(result: Comparison) -> str:
 def _clause(result: Comparison) -> str:
     if result.low > 0:
         outcome = f"the router also beats {label(result.baseline)}"
-    elif result.high < 0:
+    elif result.lost:
         outcome = f"{_winner(result.baseline)} wins ({label(result.baseline)})"
     else:
         outcome = f"no difference to {label(result.baseline)} is shown"

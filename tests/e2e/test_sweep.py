@@ -14,11 +14,12 @@ from typing import ClassVar
 import pytest
 from rich.console import Console
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, load
 from cluster.run import sweep as sweeping
-from cluster.run.sweep import Arm, combinations, grid, named_arms, tuned, tuning
-from cluster.run.sweeping import comparable
-from tests.e2e.conftest import Runs
+from cluster.run.sweep import Arm, Point, combinations, grid, named_arms, tuned, tuning
+from cluster.run.sweeping import Plan, comparable
+from cluster.watch.ladder import BEYOND
+from tests.e2e.conftest import ROOT, Runs
 from tests.jobs.nodes import wait_for
 
 pytestmark = pytest.mark.e2e
@@ -57,9 +58,10 @@ def test_a_run_of_that_name_that_computes_something_else_is_refused(runs: Runs) 
     (point,) = grid(runs.recipe, [], combinations([]), 1)
     point.config.folder.mkdir(parents=True)
     (point.config.folder / "config.yaml").write_text(point.config.as_yaml())
-    grid(runs.recipe, ["steps=99"], combinations([]), 1)
-    with pytest.raises(ConfigError, match=r"run-s0 is another run \(learner.learning_rate differ\)"):
-        grid(runs.recipe, ["learner.learning_rate=9e-4"], combinations([]), 1)
+    grid(runs.recipe, ["evaluation.every=3", "threads=2"], combinations([]), 1)
+    for key, value in [("learner.learning_rate", "9e-4"), ("steps", "99"), ("evaluation.prompts", "11")]:
+        with pytest.raises(ConfigError, match=f"run-s0 is another run, with other {key}: give"):
+            grid(runs.recipe, [f"{key}={value}"], combinations([]), 1)
 
 
 def test_named_arms_come_from_a_file_and_what_trains_nothing_runs_once(runs: Runs) -> None:
@@ -72,10 +74,18 @@ def test_named_arms_come_from_a_file_and_what_trains_nothing_runs_once(runs: Run
     assert [arm.name for arm in named_arms(path, ["adapter"])] == ["adapter"]
     with pytest.raises(ConfigError, match="has no 'other': it has full, no prefix, adapter"):
         named_arms(path, ["other"])
-    for wrong in ("- full", "full: router.kind=none", "full: [{a: 1}]"):
+    for wrong, where in (
+        ("- full", "it"),
+        ("full: router.kind=none", "full"),
+        ("a: []\nfull: [{a: 1}]", "full"),
+        ("full: {overrides: [], rivals: false}", "full"),
+    ):
         path.write_text(wrong)
-        with pytest.raises(ConfigError, match="must map names to lists"):
+        with pytest.raises(ConfigError, match=f"must map names to lists .*: {where} does not"):
             named_arms(path)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="names no arm"):
+        named_arms(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         named_arms(runs.folder / "nowhere.yaml")
 
@@ -107,6 +117,17 @@ def test_without_its_yardstick_nothing_is_compared_and_what_shares_no_seed_is_le
     assert kept("a-s1", "b-s0", "c-s0") == ["a-s1", "c-s0"]
     assert kept("b-s0", "a-s0", "b-s1") == ["a-s0", "b-s0", "b-s1"]
     assert "nothing is compared" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_arm_that_is_no_rival_is_said_to_be_none(tmp_path: Path) -> None:
+    path = tmp_path / "arms.yaml"
+    path.write_text("a: []\nb: [steps=4]\nc: {overrides: [steps=5], rival: false}\n")
+    arms = named_arms(path)
+    assert [(arm.overrides, arm.rival) for arm in arms] == [((), True), (("steps=4",), True), (("steps=5",), False)]
+    assert Plan(path, (), arms, 1, None, "").beyond == (*BEYOND, "c")
+    trial = Arm("c-steps_6", ("steps=5", "steps=6"), "c", rival=False)
+    (chosen,) = tuned(arms[2:], {arms[2]: [Point(load(ROOT / "configs" / "quickstart.yaml"), (), trial)]}, lambda _: 1)
+    assert not chosen.rival and chosen.overrides == trial.overrides
 
 
 def test_a_sweep_that_is_terminated_stops_its_runs_with_a_checkpoint() -> None:

@@ -280,7 +280,22 @@ def test_groups_without_signal_end_as_filtered_and_are_replaced() -> None:
     dropped = [record["groups/filtered"] for record in stage.notes.steps]
     trained = stage.config.learner.groups
     assert any(dropped)
+    sampled = len(stage.admission.filtered | stage.admission.trained) * stage.config.sampling.samples
+    assert stage.driver.samples == sampled, "what was dropped was sampled as well"
     assert [record["groups/no_signal"] for record in stage.notes.steps] == [n / (n + trained) for n in dropped]
+
+
+def test_measuring_on_the_way_is_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, spent = Stage(config(), World()), []
+
+    async def validate(step: int, router: object) -> None:
+        spent.append(1000.0)
+
+    clock = time.perf_counter
+    monkeypatch.setattr("cluster.run.driver.time.perf_counter", lambda: clock() + sum(spent))
+    stage.notes.validate = validate  # type: ignore[method-assign]
+    stage.run()
+    assert len(spent) == 20 and stage.driver.elapsed_s < 1000
 
 
 def test_a_full_disk_ends_the_run_with_the_cause() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import yaml
 
 from cluster.config import load
+from cluster.keys import changed_keys
 from cluster.run import finished
 from cluster.run.folder import RunFolder, RunFolderError
+from cluster.watch.comparison import labels
 
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 START = {"time/start_s": 20.0, "operations/experts": 1.0, "operations/experts_cold": 2.0, "operations/learner": 4.0}
@@ -73,5 +76,31 @@ def test_a_run_that_has_not_finished_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_follows_from_other_settings_is_no_setting_of_an_arm(tmp_path: Path) -> None:
-    plain = finished.read(ran(tmp_path)).settings
-    assert not {"router.gate", "algorithm.choice_after"} & plain.keys()
+    plain = finished.read(ran(tmp_path))
+    assert plain.settings["router.gate"] == plain.settings["algorithm.choice_after"] == "default"
+    chosen = replace(plain, settings={**plain.settings, "router.gate": False})
+    static = replace(plain, settings={**plain.settings, "router.kind": "static"})
+    assert labels([plain, chosen]) == ["router.gate=default", "router.gate=False"]
+    assert labels([plain, static]) == ["router.kind=perceiver", "router.kind=static"]
+
+
+def test_a_run_from_before_a_setting_is_read_as_what_it_was(tmp_path: Path) -> None:
+    config = run_config(tmp_path) | {"steps": 300}
+    config["router"]["warm_start"]["steps"] = 0
+    folder = RunFolder(ran(tmp_path))
+    for given, read in ((100, 100), (None, 0)):
+        config["algorithm"]["choice_after"] = given
+        if given is None:
+            del config["algorithm"]["choice_after"]
+        folder.config.write_text(yaml.safe_dump(config))
+        assert folder.saved_config().algorithm.choice_after == read
+
+
+def test_a_run_may_be_made_longer_but_not_be_measured_on_other_prompts() -> None:
+    fresh = "router.warm_start.steps=0"
+    run = load(RECIPE, (fresh,))
+    assert run.algorithm.choice_after == 100
+    assert changed_keys(run, load(RECIPE, (fresh, "steps=600", "evaluation.every=10", "learner.ranks=2"))) == []
+    assert changed_keys(run, load(RECIPE, (fresh, "algorithm.choice_after=7"))) == ["algorithm.choice_after"]
+    other = load(RECIPE, (fresh, "evaluation.prompts=7", "evaluation.seed=1"))
+    assert changed_keys(run, other) == ["evaluation.prompts", "evaluation.seed"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.stats import spearmanr
 
 from cluster.watch import ablation
 from cluster.watch.ablation import FROZEN, KNOCKED_OUT, Ablated, Ablation, foretold
@@ -43,10 +44,26 @@ def test_losses_are_told_by_task_with_intervals_and_attention() -> None:
 
 def test_attention_foretells_a_loss_or_does_not() -> None:
     found = made_up().over_prompts()
-    assert found["a"].rho is not None and found["a"].rho > 0.8
-    assert foretold([0.1, 0.2, 0.3, 0.4], [1, 1, 0, 0]).rho == pytest.approx(-0.894, abs=1e-3)
-    assert made_up().over_cells().count == 4
-    assert foretold([0.5, 0.5, 0.5], [0, 1, 0]).rho is None
+    assert found["a"].rho is None, "a is needed by one task alone, and looked at there: no prompt differs from another"
+    assert found["b"].rho == pytest.approx(-1) and found["b"].p == pytest.approx(1 / 2001)
+    assert made_up().over_cells().count == 4 and made_up().over_cells().p is None
+    assert foretold([0] * 3, [0.5, 0.5, 0.5], [0, 1, 0]).rho is None
+
+
+def test_within_one_task_it_is_spearmans_correlation() -> None:
+    rng = np.random.default_rng(0)
+    attention, losses = rng.random(50).round(1), rng.integers(0, 2, 50)
+    found, known = foretold(["x"] * 50, attention, losses), spearmanr(attention, losses)
+    assert found.rho == pytest.approx(known.statistic) and found.p == pytest.approx(known.pvalue, abs=0.03)
+
+
+def test_what_tasks_differ_in_is_no_correlation_within_them() -> None:
+    rng = np.random.default_rng(1)
+    tasks, chance = ["x"] * 100 + ["y"] * 100, np.repeat([0.2, 0.8], 100)
+    attention, losses = chance + 0.1 * rng.random(200), (rng.random(200) < chance).astype(float)
+    found = foretold(tasks, attention, losses)
+    assert spearmanr(attention, losses).pvalue < 1e-6, "the trap that this guards against is not one"
+    assert found.p is not None and found.p > 0.05
 
 
 def test_prompts_that_the_router_got_wrong_say_nothing_of_what_it_needs() -> None:

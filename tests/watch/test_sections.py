@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 from cluster.config import parse
 from cluster.run.reporting import report_arms
-from cluster.watch.comparison import Run, compare, primary
+from cluster.watch.comparison import Cell, Primary, Run, compare, primary
 from cluster.watch.curves import ENTROPY, REWARD, sharpening
 from cluster.watch.ladder import BEYOND, apart, short
 from cluster.watch.report import write_report
+from cluster.watch.results import MEAN
 from cluster.watch.sections import sections_of
 from tests.watch.made_up import evaluation, record, result
 from tests.watch.test_ablation import made_up as ablated
@@ -123,6 +125,25 @@ def test_the_primary_comparison_is_with_the_best_rival() -> None:
     even = primary(compare(several(0.5)), BEYOND)
     assert even is not None and even.text.startswith("No difference shown")
     assert primary(compare(several()[:3])) is None
+
+
+def test_the_best_of_many_has_not_won_because_it_was_picked() -> None:
+    close = Cell(-0.05, -0.095, -0.005)
+    assert Primary(MEAN, "a", "b", close).text.startswith("b wins on the mean")
+    assert Primary(MEAN, "a", "b", close, rivals=12).text.startswith("No difference shown")
+    assert Primary(MEAN, "a", "b", Cell(-0.05, -0.07, -0.03), rivals=12).text.startswith("b wins")
+    won = Cell(0.05, 0.005, 0.095)
+    assert Primary(MEAN, "a", "b", won, rivals=12).text.startswith("a wins"), "it beats the others as well"
+
+
+def test_a_rival_that_was_lucky_once_is_not_the_best() -> None:
+    runs = [run("perceiver", seed, 0.6) for seed in range(3)]
+    # Seed 1 is the easy one: there the weaker rival, which has run once, does better than the other on average.
+    easy = {1: 0.9}
+    runs = [replace(r, outcomes=run("x", r.seed, easy.get(r.seed, 0.6)).outcomes) for r in runs]
+    steady = [run("static", seed, easy.get(seed, 0.6) - 0.1) for seed in range(3)]
+    found = primary(compare([*runs, *steady, run("top1", 1, 0.7)]))
+    assert found is not None and found.rival == "router.kind=static"
 
 
 def test_systems_that_nothing_trains_are_compared_with_every_seed() -> None:
