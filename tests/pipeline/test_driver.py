@@ -280,7 +280,7 @@ def test_groups_without_signal_end_as_filtered_and_are_replaced() -> None:
     dropped = [record["groups/filtered"] for record in stage.notes.steps]
     trained = stage.config.learner.groups
     assert any(dropped)
-    sampled = len(stage.admission.filtered | stage.admission.trained) * stage.config.sampling.samples
+    sampled = 2 * len(stage.admission.filtered | stage.admission.trained)
     assert stage.driver.samples == sampled, "what was dropped was sampled as well"
     assert [record["groups/no_signal"] for record in stage.notes.steps] == [n / (n + trained) for n in dropped]
 
