@@ -37,7 +37,11 @@ Overrides = Annotated[
     typer.Argument(help="key=value overrides, e.g. seed=1 learner.learning_rate=2e-4.", show_default=False),
 ]
 Address = Annotated[
-    str | None, typer.Option(help="The cluster, such as http://head:8265; RAY_ADDRESS by default.", show_default=False)
+    str | None,
+    typer.Option(
+        help="The cluster's job server, such as http://head:8265; RAY_API_SERVER_ADDRESS by default.",
+        show_default=False,
+    ),
 ]
 JobName = Annotated[str, typer.Argument(help="A job's id, or a run's name for its newest job.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/quickstart.", show_default=False)]
@@ -86,11 +90,11 @@ def train(
     settings = load(config, overrides or [])
     check_names(settings)
     if dry_run:
-        # Nothing is downloaded for a plan.
-        at_hand = settings.data.at_hand()
-        if at_hand:
-            build_tasks(settings.data.model_copy(update={"tasks": at_hand}))
         print_plan(settings, console)
+        # Nothing is downloaded for a plan.
+        if at_hand := settings.data.at_hand():
+            with console.status("making the tasks' prompts"):
+                build_tasks(settings.data.model_copy(update={"tasks": at_hand}))
         for task in settings.data.tasks:
             if task not in at_hand:
                 console.print(f"not looked at: task {task.name}, which needs the hub", highlight=False)
@@ -296,7 +300,14 @@ def sweep(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each combination, with seeds 0, 1, ...", min=1)] = 3,
     parallel: Annotated[int, typer.Option(help="Runs at once.", min=1)] = 1,
-    address: Address = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="The job server of a cluster that gets the runs as jobs, such as http://head:8265; without it they "
+            "are processes of this machine.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the comparison's files.", show_default=False)] = None,
 ) -> None:
     """Train a grid of runs and compare them.  Started again it runs only what is missing."""

@@ -269,6 +269,9 @@ def staging(root: str) -> Path:
     return base / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:12]
 
 
+OTHER_NAMES = {"policy.replicas": "policy.workers"}  # keys that a recipe may call otherwise
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies `key=value` overrides (list items by index: `experts.0.model=...`).
 
@@ -301,12 +304,12 @@ def _overridden(tree: Any, overrides: Sequence[str], where: str) -> RunConfig:
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         try:
-            _put(tree, key, yaml.safe_load(value))
+            _put(tree, OTHER_NAMES.get(key, key), yaml.safe_load(value))
         except IndexError as error:
             raise ConfigError(f"override {override!r} cannot be applied: {error}") from error
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
-    return parse(OmegaConf.to_container(tree, resolve=True), where)
+    return parse(OmegaConf.to_container(tree, resolve=True), where, overrides)
 
 
 def _put(tree: Any, key: str, value: Any) -> None:
@@ -324,8 +327,10 @@ def _put(tree: Any, key: str, value: Any) -> None:
     OmegaConf.update(tree, key, value, force_add=True)
 
 
-def parse(values: Any, where: str) -> RunConfig:
+def parse(values: Any, where: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A configuration from plain data.
+
+    where, overrides: what an error names: the override that set the key, or else where the others are from.
 
     Raises:
         ConfigError: as `load`.
@@ -335,7 +340,10 @@ def parse(values: Any, where: str) -> RunConfig:
     except ValidationError as error:
         first, *others = error.errors()
         more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{where}: {_explain(first)}{more}") from error
+        key = ".".join(map(str, first["loc"]))
+        set_by = [each for each in overrides if key and each.partition("=")[0] == key]
+        place = f"override {set_by[-1]!r}" if set_by else where
+        raise ConfigError(f"{place}: {_explain(first)}{more}") from error
 
 
 def _explain(error: Any) -> str:
@@ -347,7 +355,9 @@ def _explain(error: Any) -> str:
         return f"unknown key {key!r}: {hint}"
     if error["type"] == "missing":
         return f"missing key {key!r}: give it a value"
-    message = error["msg"].removeprefix("Value error, ")
+    message, value = error["msg"].removeprefix("Value error, "), error.get("input")
+    if error["type"] != "value_error" and isinstance(value, str | int | float | None):
+        message += f", not {value!r}"
     return f"{key}: {message}" if key else message
 
 

@@ -328,7 +328,7 @@ def router_class(kind: str) -> type[nn.Module]:
     Raises:
         PluginError: when it is neither known nor leads anywhere.
     """
-    return ROUTERS.get(kind) or load_plugin(kind, "router.kind")
+    return ROUTERS.get(kind) or load_plugin(kind, "router.kind", ROUTERS)
 
 
 def real_states(feature: Float[Tensor, "batch tokens width"]) -> Bool[Tensor, "batch tokens"]:

@@ -177,4 +177,4 @@ ALGORITHMS = {
 
 def build_algorithm(config: AlgorithmConfig) -> GRPO:
     """The configured algorithm; `module:Class` may subclass GRPO or offer the same `loss`."""
-    return (ALGORITHMS.get(config.kind) or load_plugin(config.kind, "algorithm.kind"))(config)
+    return (ALGORITHMS.get(config.kind) or load_plugin(config.kind, "algorithm.kind", ALGORITHMS))(config)

@@ -53,7 +53,9 @@ def reference() -> str:
     parts = [INTRO]
     for place, model in sections(RunConfig, ""):
         parts.append(f"## {'`' + place + '`' if place else 'A run'}\n")
-        parts.append(inspect.cleandoc(model.__doc__ or "") + "\n")
+        # A model's own words, and those of what it extends.
+        for each in (model, *(base for base in model.__bases__ if base is not BaseModel)):
+            parts.append(inspect.cleandoc(each.__doc__ or "") + "\n")
         rows = [f"| `{name}` | {kind_of(field)} | {default_of(field)} |" for name, field in model.model_fields.items()]
         parts.append("| key | type | default |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)

@@ -119,6 +119,19 @@ class Jobs:
                 )
             )
 
+    def under_way(self, config: RunConfig) -> Job | None:
+        """The job that this very run is under way as, if it is.
+
+        Raises:
+            ConfigError: when that job's run has this name and another configuration.
+        """
+        for job in self.list(config.run):
+            if not job.over and job.configuration != digest_of(absolute(config)):
+                raise ConfigError(f"job {job.id} is another run named {config.run!r}: stop it, or give run=NAME")
+            if not job.over:
+                return job
+        return None
+
     def list(self, run: str | None = None) -> list[Job]:
         """Jobs of runs, the newest first; those of one run when it is named."""
         found = []
@@ -194,6 +207,11 @@ class Jobs:
         except BrokenPipeError:  # our own output's reader is gone
             raise
         except (ConnectionError, RuntimeError, ValueError, requests.RequestException, aiohttp.ClientError) as error:
+            if self.address == "auto" and isinstance(error, ConnectionError):
+                raise JobError(
+                    "no Ray cluster runs on this machine: name one with --address http://HOST:8265, or start one with "
+                    "ray start --head"
+                ) from error
             raise JobError(
                 f"the job server of the cluster at {self.address} does not do that: {_first_line(error)}; is Ray "
                 "started there, with its dashboard?"

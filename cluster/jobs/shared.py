@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import ConfigError, RunConfig, is_url
+from cluster.run.hub import is_on_hub
 from cluster.zoo import paths as zoo
 
 
@@ -22,7 +23,7 @@ def absolute(config: RunConfig) -> RunConfig:
     for expert in values["experts"]:
         expert["model"] = _model(expert["model"])
     values["policy"]["model"] = _model(values["policy"]["model"])
-    if values["router"]["init"]:
+    if values["router"]["init"] and not is_on_hub(values["router"]["init"]):
         values["router"]["init"] = _absolute(values["router"]["init"])
     for task in values["data"]["tasks"]:
         if task.get("path"):

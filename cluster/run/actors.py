@@ -55,6 +55,11 @@ def join_cluster(address: str | None, dashboard_port: int | None, namespace: str
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{address} (ray.address or RAY_ADDRESS) is a job server, which takes runs by musketeers submit: to train "
+            "from here, name the cluster itself (ray.address=HOST:6379), or unset it to start one on this machine"
+        )
     environment = {"env_vars": PROCESS_ENVIRONMENT}
     common: dict[str, Any] = {
         "namespace": namespace,
@@ -77,7 +82,7 @@ def join_cluster(address: str | None, dashboard_port: int | None, namespace: str
             )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
-        raise ClusterError(f"{where} cannot be reached: {str(error).splitlines()[0]}") from error
+        raise ClusterError(f"{where} cannot be reached: {' '.join(str(error).split())[:400]}") from error
     token = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
     return ClusterInfo(context.dashboard_url, not address, token)
 

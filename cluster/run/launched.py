@@ -21,6 +21,7 @@ import psutil
 import cluster
 
 POLL_S = 0.5
+STOP_S = 900.0  # for a step and its checkpoint
 LOST = 255  # how multiprocessing says that the server is gone, and with it the exit status
 
 # The server imports this project from where it is here, whatever folder it starts in; looking for GPUs leaves a
@@ -68,7 +69,7 @@ class Launched:
         if self._process.pid is not None and not self.over:
             os.kill(self._process.pid, signal.SIGINT)
 
-    def wait(self, limit_s: float) -> None:
+    def wait(self, limit_s: float = STOP_S) -> None:
         """Until it has ended, or for so long."""
         deadline = time.monotonic() + limit_s
         while not self.over and time.monotonic() < deadline:

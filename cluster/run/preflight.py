@@ -51,7 +51,7 @@ def check_names(config: RunConfig) -> None:
             f"router.states: {states} changes nothing for kind: {config.router.kind}, which asks nothing of the experts"
         )
     if config.algorithm.kind not in ALGORITHMS:
-        load_plugin(config.algorithm.kind, "algorithm.kind")
+        load_plugin(config.algorithm.kind, "algorithm.kind", ALGORITHMS)
     if config.router.init and not hub.is_on_hub(config.router.init):  # nothing is downloaded for a plan
         _check_experts(config, router_folder(config.router.init))
     for reference in config.models().values():
@@ -284,20 +284,21 @@ class PlanRow:
 def plan_rows(config: RunConfig) -> list[PlanRow]:
     """The plan of workers."""
     p, c, new = config.policy, config.learner, config.router.add_expert
+    shared = config.threads or "shared"
     trained = f"router, of which only {', '.join(new)} trains" if new else "router"
     experts = [
-        PlanRow(f"Expert({e.name})", e.replicas, e.model, str(e.threads or "shared"), e.cpus, e.gpus)
+        PlanRow(f"Expert({e.name})", e.replicas, e.model, str(e.threads or shared), e.cpus, e.gpus)
         for e in config.experts
     ]
     return [
         *experts,
-        PlanRow("Rollout", p.workers, p.model, str(p.threads or "shared"), p.cpus, p.gpus),
+        PlanRow("Rollout", p.workers, p.model, str(p.threads or shared), p.cpus, p.gpus),
         PlanRow("Reward", config.rewards.workers, "verifiers", "1", 0, 0),
         PlanRow(
             "Learner",
             c.ranks,
             f"{p.model} + {trained} (ZeRO {c.zero_stage})",
-            str(c.threads or "shared"),
+            str(c.threads or shared),
             c.cpus,
             c.gpus,
         ),

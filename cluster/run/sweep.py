@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import ConfigError, RunConfig, load
-from cluster.jobs.client import Jobs
+from cluster.jobs.client import JobError, Jobs
 from cluster.keys import changed_keys
 from cluster.run.folder import RunFolder
-from cluster.run.launched import Launched
+from cluster.run.launched import STOP_S, Launched
 
 POLL_S = 1.0
-STOP_S = 900.0  # for a step and its checkpoint
+PATIENCE = 60  # polls of a job server that gives no answer
 
 
 TUNING_SEED = 1000  # of the runs that choose a setting, and of no others
@@ -210,7 +210,7 @@ def sweep(recipe: Path, points: Sequence[Point], parallel: int, address: str | N
     console.print(f"{len(points)} runs, {len(points) - len(missing)} of them finished before", highlight=False)
     failed: list[Point] = []
     start = _Submitted if address else _Started
-    with _progress(console) as bar, _all_stopped() as running:
+    with _progress(console) as bar, _all_stopped(console) as running:
         task = bar.add_task("runs", total=len(points), completed=len(points) - len(missing))
         waiting = iter(missing)
         while True:
@@ -240,12 +240,20 @@ class _Submitted:
     """A run as a job of a cluster."""
 
     def __init__(self, recipe: Path, point: Point, address: str | None) -> None:
-        self.point, self._jobs = point, Jobs(address)
-        self._job = self._jobs.find(self._jobs.submit(point.config))
+        self.point, self._jobs, self._missed = point, Jobs(address), 0
+        # A sweep that was killed has left its jobs to themselves.
+        self._job = self._jobs.under_way(point.config) or self._jobs.find(self._jobs.submit(point.config))
 
     @property
     def over(self) -> bool:
-        self._job = self._jobs.find(self._job.id)
+        try:
+            self._job = self._jobs.find(self._job.id)
+        except JobError:
+            self._missed += 1
+            if self._missed > PATIENCE:
+                raise
+        else:
+            self._missed = 0
         return self._job.over
 
     @property
@@ -259,12 +267,12 @@ class _Submitted:
     def stop(self) -> None:
         self._jobs.stop(self._job)
 
-    def wait(self, limit_s: float) -> None:
-        self._jobs.ended(self._job, limit_s)
+    def wait(self) -> None:
+        self._jobs.ended(self._job, STOP_S)
 
 
 @contextlib.contextmanager
-def _all_stopped() -> Iterator[list[_Started | _Submitted]]:
+def _all_stopped(console: Console) -> Iterator[list[_Started | _Submitted]]:
     """However the block ends, by SIGTERM too, the runs under way are stopped with a checkpoint."""
     running: list[_Started | _Submitted] = []
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -272,10 +280,11 @@ def _all_stopped() -> Iterator[list[_Started | _Submitted]]:
         yield running
     finally:
         signal.signal(signal.SIGTERM, before)
-        for each in running:
-            each.stop()
-        for each in running:
-            each.wait(STOP_S)
+        for each, ask in [*((each, each.stop) for each in running), *((each, each.wait) for each in running)]:
+            try:
+                ask()
+            except JobError as error:  # the others are to be stopped all the same
+                console.print(f"{each.point.config.run} may go on: {error}", highlight=False, soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:

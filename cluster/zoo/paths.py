@@ -35,9 +35,9 @@ def worlds_named_by(names: Iterable[str]) -> set[str]:
     """The zoo worlds that some model names need; names of other models count for nothing.
 
     Raises:
-        ZooError: when a zoo name is malformed or its world unknown.
+        ZooError: when a zoo name is malformed, or its world or the model in it unknown.
     """
-    return {_parts(name)[0] for name in names if is_zoo(name)}
+    return {_known(name)[0] for name in names if is_zoo(name)}
 
 
 def resolve(name: str, root: Path | None = None) -> Path:
@@ -47,13 +47,9 @@ def resolve(name: str, root: Path | None = None) -> Path:
         ZooError: when the name is wrong, the world is not built, or one of its files is missing,
             cut short or changed.
     """
-    world, model = _parts(name)
-    recipe = load_recipe(world)
-    folder = world_folder(recipe, root)
+    world, model = _known(name)
+    folder = world_folder(load_recipe(world), root)
     check(folder, world)
-    known = [entry.name for entry in recipe.models]
-    if model not in known:
-        raise ZooError(f"zoo world {world!r} has no model {model!r}: it has {', '.join(known)}")
     return folder / model
 
 
@@ -112,6 +108,15 @@ def sha256(path: Path, size: int, modified: int) -> str:
     """A file's hash, computed once while its size and time of change stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known(name: str) -> tuple[str, str]:
+    """World and model of a name, which the world's recipe must have; the world need not be built."""
+    world, model = _parts(name)
+    known = [entry.name for entry in load_recipe(world).models]
+    if model not in known:
+        raise ZooError(f"zoo world {world!r} has no model {model!r}: it has {', '.join(known)}")
+    return world, model
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -8,13 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from rich.console import Console
 
-from cluster.config import ConfigError, load
+from cluster.config import ConfigError, RunConfig, load
+from cluster.jobs.client import Job, JobError
 from cluster.run import sweep as sweeping
 from cluster.run.sweep import Arm, Point, combinations, grid, named_arms, tuned, tuning
 from cluster.run.sweeping import Plan, comparable
@@ -137,16 +140,77 @@ def test_a_sweep_that_is_terminated_stops_its_runs_with_a_checkpoint() -> None:
         def stop(self) -> None:
             self.said.append("stop")
 
-        def wait(self, limit_s: float) -> None:
+        def wait(self) -> None:
             self.said.append("wait")
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), sweeping._all_stopped() as running:
+    with pytest.raises(KeyboardInterrupt), sweeping._all_stopped(Console(quiet=True)) as running:
         running.append(Running())  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for("the signal", lambda: False, 5)
     assert Running.said == ["stop", "wait"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Server:
+    """A job server: what is under way there, and whether it answers."""
+
+    def __init__(self, address: str) -> None:
+        self.jobs: dict[str, Job] = {}
+        self.silent, self.submitted = 0, 0
+
+    def under_way(self, config: RunConfig) -> Job | None:
+        return next((job for job in self.jobs.values() if job.run == config.run and not job.over), None)
+
+    def submit(self, config: RunConfig) -> str:
+        self.submitted += 1
+        self.jobs["new"] = replace(LEFT, id="new", run=config.run)
+        return "new"
+
+    def find(self, name: str) -> Job:
+        self.silent -= 1
+        if self.silent >= 0:
+            raise JobError("nothing answers")
+        return self.jobs[name]
+
+    def stop(self, job: Job) -> None:
+        raise JobError("nothing answers")
+
+
+LEFT = Job(id="left", run="run-s0", status="RUNNING", message="", configuration="", started=0.0, ended=None)
+
+
+def test_a_sweep_takes_over_jobs_that_it_left_and_waits_for_a_silent_server(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (point,) = grid(runs.recipe, [], combinations([]), 1)
+    server = Server("")
+    monkeypatch.setattr(sweeping, "Jobs", lambda address: server)
+    fresh = sweeping._Submitted(runs.recipe, point, "head")
+    assert server.submitted == 1 and not fresh.over
+    server.jobs = {"left": LEFT}
+    taken = sweeping._Submitted(runs.recipe, point, "head")
+    assert server.submitted == 1
+    server.silent = sweeping.PATIENCE
+    assert not any(taken.over for _ in range(sweeping.PATIENCE))
+    server.jobs = {"left": replace(LEFT, status="SUCCEEDED")}
+    assert taken.over and taken.succeeded
+    server.silent = sweeping.PATIENCE + 1
+    with pytest.raises(JobError):
+        [taken.over for _ in range(sweeping.PATIENCE + 1)]
+
+
+def test_a_job_that_cannot_be_stopped_leaves_no_other_running(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (point,) = grid(runs.recipe, [], combinations([]), 1)
+    monkeypatch.setattr(sweeping, "Jobs", Server)
+    monkeypatch.setattr(Server, "ended", lambda *_: None, raising=False)
+    console, stopped = Console(file=io.StringIO()), []
+    other = SimpleNamespace(stop=lambda: stopped.append("stop"), wait=lambda: stopped.append("wait"))
+    with pytest.raises(KeyError), sweeping._all_stopped(console) as running:
+        running += [sweeping._Submitted(runs.recipe, point, "head"), other]  # type: ignore[list-item]
+        raise KeyError
+    assert stopped == ["stop", "wait"]
+    assert "run-s0 may go on: nothing answers" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

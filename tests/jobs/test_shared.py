@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ConfigError, RunConfig, load
+from cluster.config import ConfigError, RunConfig, changed, load
+from cluster.jobs.client import Job, Jobs
 from cluster.jobs.shared import Seen, absolute, check_shared, digest_of, look, places
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,9 @@ def test_paths_of_this_machine_are_written_out_and_names_are_left(config: RunCon
     assert [e.model for e in made.experts] == [str(tmp_path / "model"), "org/name"]
     assert made.policy.model == "zoo/composed/policy"
     assert made.data.system == str(tmp_path / "system.txt")
+    started = changed(config, ["router.init=bundle"])
+    assert absolute(started).router.init == str(tmp_path / "bundle")
+    assert absolute(changed(config, ["router.init=hub:me/router"])).router.init == "hub:me/router"
     assert absolute(made) == made and digest_of(made) == digest_of(absolute(config))
     assert digest_of(made) != digest_of(config)
 
@@ -70,3 +74,17 @@ def test_another_folder_of_the_same_name_is_not_the_same_folder(config: RunConfi
 
     with pytest.raises(ConfigError, match=r"root: .* is not the same folder"):
         check_shared(config, ask)
+
+
+def test_a_run_under_way_is_known_by_its_configuration(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def there(status: str, configuration: str) -> Jobs:
+        job = Job("job", config.run, status, "", configuration, 0.0, None)
+        monkeypatch.setattr(Jobs, "list", lambda self, run: [job] if run == job.run else [])
+        return Jobs.__new__(Jobs)
+
+    mine = digest_of(absolute(config))
+    assert (found := there("RUNNING", mine).under_way(config)) is not None and found.id == "job"
+    assert there("SUCCEEDED", mine).under_way(config) is None
+    assert there("RUNNING", mine).under_way(changed(config, ["run=other"])) is None
+    with pytest.raises(ConfigError, match="job job is another run named 'quickstart'"):
+        there("RUNNING", "other").under_way(config)

@@ -155,6 +155,29 @@ def test_no_shipped_recipe_is_refused(models: Path, monkeypatch: pytest.MonkeyPa
     preflight.check_models(load(recipe))
 
 
+def test_nor_is_the_launcher_s(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    manifest = Path("cluster/jobs/launchers/kuberay-rayjob.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(list(yaml.safe_load_all(manifest))[1]["data"]["recipe.yaml"])
+    monkeypatch.setattr(preflight, "model_path", lambda reference: str(models / "good"))
+    describe = preflight.describe
+    monkeypatch.setattr(preflight, "describe", lambda path: describe(path) | {"longest": 32768})
+    preflight.check_models(load(tmp_path / "recipe.yaml"))
+    with pytest.raises(ConfigError, match=r"is more than policy.max_model_tokens, 1536"):
+        preflight.check_models(load(tmp_path / "recipe.yaml", ["policy.max_model_tokens=1536"]))
+
+
+def test_the_plan_says_how_many_threads_a_worker_gets() -> None:
+    rows = preflight.plan_rows(load("configs/quickstart.yaml", ["threads=3", "policy.threads=2"]))
+    assert [row.threads for row in rows] == ["3", "3", "2", "1", "3"]
+    unsaid = preflight.plan_rows(load("configs/quickstart.yaml", ["threads=0"]))
+    assert unsaid[0].threads == "shared"
+
+
+def test_a_zoo_model_that_no_recipe_has_is_refused_before_its_world_is_built() -> None:
+    with pytest.raises(ValueError, match="has no model 'nope': it has policy, chain_sum, leg_counting"):
+        preflight.check_names(load("configs/quickstart.yaml", ["experts.0.model=zoo/composed/nope"]))
+
+
 def test_a_package_that_a_quantised_model_needs_is_named(models: Path) -> None:
     with pytest.raises(ModelError, match=r"awq' cannot be loaded: .*AWQ.* requires"):
         load_frozen(str(models / "awq"))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.run.actors import join_cluster, leave_cluster, spawn
+from cluster.run.actors import ClusterError, join_cluster, leave_cluster, spawn
 from cluster.run.faults import RayBackend
 from cluster.run.fleet import Fleet
 from cluster.run.recipe import Recipe
@@ -28,6 +28,12 @@ class Doomed:
     def refuse(self) -> None:
         """Raises instead."""
         raise ValueError("this model has no end token")
+
+
+def test_a_job_server_is_no_cluster_to_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match=r"^http://127.0.0.1:8265 .* takes runs by musketeers submit.*HOST:6379"):
+        join_cluster(None, None, "test-start")
 
 
 @pytest.fixture(scope="module")
