@@ -100,7 +100,7 @@ class TaskConfig(BaseModel):
 
     Exactly one of `dataset` (a Reasoning Gym data set), `category` (all data sets of a Reasoning Gym category, each a
     task of its own named `<name>.<data set>`, sharing the weight), `compose` (names of other tasks, whose integer
-    answers are combined by `operation`), `path` (a local JSONL or Parquet file), `hub` (a data set of the Hugging
+    answers are combined by `operation`), `path` (a local JSON, JSONL, Parquet or CSV file), `hub` (a data set of the Hugging
     Face hub, as `name` or `name:configuration`) or `plugin` (`module:Class`) says where its prompts come from.
 
     weight: share of the training stream, relative to the other tasks; 0 keeps the task as a part

@@ -256,7 +256,7 @@ def _markdown(
     lines = [f"`{section.recipe}`, `{section.arms}`; {len(arms[0].seeds)} seeds.", ""]
     if primary is not None:
         apart = ", ".join(arm.label for arm in arms if arm.label in beyond)
-        lines += [f"**{primary.text}** Not among its rivals: {apart}.", ""]
+        lines += [f"**{primary.text}**", "", f"Not among its rivals: {apart}.", ""]
     lines += [f"![held-out accuracy of every arm, with every seed as a dot](results/{section.name}-ladder.png)", ""]
     lines += [comparison.markdown(arms)]
     lines += [f"![accuracy against what training cost](results/{section.name}-cost.png)", ""]
