@@ -15,10 +15,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cluster.config import ConfigError
 from cluster.keys import changed_keys
 from cluster.run.folder import RunFolder
 from cluster.run.sweep import Point
 from cluster.watch import logs
+from cluster.watch.comparison import Run
+from cluster.zoo import paths
+from experts.loading import load_frozen, weights_sha256
 
 WHOLE = ("config.yaml", "eval.jsonl", "summary.json")
 BESIDES = ("start.json",)  # not written by older versions
@@ -64,6 +68,24 @@ def restore(source: Path, points: Sequence[Point], note: Callable[[str], None]) 
                 note(f"{name} was published with other settings ({', '.join(differing[:4])}): it is run again")
             else:
                 here.rename(point.config.folder)
+
+
+def same_models(runs: Sequence[Run]) -> None:
+    """Refuses to go on from runs of other weights than the zoo has here, which is built if it is not there.
+
+    Raises:
+        ConfigError: before anything trains that could not be compared with them.
+    """
+    known = {each: digest for run in runs for each, digest in run.frozen.items() if paths.is_zoo(each)}
+    for world in sorted(paths.worlds_named_by(each.partition(" in ")[0] for each in known)):
+        paths.ensure(world)
+    for each, digest in known.items():
+        model, _, dtype = each.partition(" in ")
+        if weights_sha256(load_frozen(str(paths.resolve(model)), dtype).model) != digest:
+            raise ConfigError(
+                f"{model} has other weights here than in the runs that have finished, as another kind of machine builds "
+                "them: train all runs here (another --root, without --published, and delete the archive in docs/results)"
+            )
 
 
 def names(source: Path) -> list[str]:

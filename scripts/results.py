@@ -34,7 +34,7 @@ from cluster.run.sweeping import Plan, comparable, run  # noqa: E402
 from cluster.watch import comparison, ladder  # noqa: E402
 from cluster.watch.comparison import Arm, Cell, Run  # noqa: E402
 from cluster.watch.results import LABELS  # noqa: E402
-from scripts.published import publish, restore  # noqa: E402
+from scripts.published import publish, restore, same_models  # noqa: E402
 
 TEXT, FROZEN = LABELS["text"], LABELS["frozen_policy"]
 BOTH, START = "router and LoRA 8", "warm start alone"
@@ -149,14 +149,18 @@ def main() -> None:
         archive = BESIDE / f"{section.name}.tar.xz"
         if given.published:
             _restore(plan, archive, console)
+        if not given.no_runs:
+            same_models([finished.read(folder) for folder in _ended(plan).folders])
         if not given.no_runs and not run(plan, given.parallel, None, None, console):
             raise SystemExit(f"{section.name}: not every run has succeeded; the same command goes on")
         ended = _ended(plan)
+        runs = _compared(ended.points, ended.arms, console) if ended.arms else []
+        arms = comparison.compare(runs) if runs else []
         if ended.folders and not publish(archive, ended.folders, console.print):
             continue  # or the page would be about other runs than those beside it
-        if ended.arms and (runs := _compared(ended.points, ended.arms, console)):
+        if arms:
             # A router before its first update is that very router with less to train.
-            _write(section, runs, ended.tried, (*plan.beyond, START))
+            _write(section, runs, arms, ended.tried, (*plan.beyond, START))
         else:
             console.print(f"{section.name}: too little has finished for a comparison")
     console.print(PAGE, DATA, highlight=False)
@@ -214,8 +218,13 @@ def _compared(done: Sequence[Point], arms: Sequence[SweepArm], console: Console)
     return [*runs, *(run for run in finished.frozen(kept[0].config.folder) if run.name not in known)]
 
 
-def _write(section: Section, runs: Sequence[Run], tried: dict[str, dict[str, float]], beyond: Sequence[str]) -> None:
-    arms = comparison.compare(runs)
+def _write(
+    section: Section,
+    runs: Sequence[Run],
+    arms: Sequence[Arm],
+    tried: dict[str, dict[str, float]],
+    beyond: Sequence[str],
+) -> None:
     there = {run.name for run in runs}
     pairs = {pair: _difference(runs, *pair) for pair in section.pairs if there >= set(pair)}
     primary = comparison.primary(arms, beyond)

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import load
+from cluster.config import ConfigError, load
 from cluster.run.folder import RunFolder
 from cluster.run.sweep import Arm, Point
-from scripts.published import names, publish, restore
+from cluster.watch.comparison import Run
+from cluster.zoo import paths
+from experts.loading import load_frozen, weights_sha256
+from scripts.published import names, publish, restore, same_models
+from tests.models import make
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -88,3 +92,21 @@ def test_what_is_here_stays_and_what_had_other_settings_is_run_again(tmp_path: P
     restore(archive, wanted, said.append)
     assert not list((tmp_path / "new" / "a").iterdir()) and not wanted[1].config.folder.exists()
     assert said == ["b was published with other settings (learner.learning_rate): it is run again"]
+
+
+def test_runs_of_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, built = make(tmp_path / "here", "qwen2"), []
+    monkeypatch.setattr(paths, "ensure", built.append)
+    monkeypatch.setattr(paths, "resolve", lambda name: here)
+
+    def of(digest: str) -> Run:
+        return Run(
+            tmp_path, 0, {}, {}, 0, 0.0, frozen={"zoo/composed/policy in float32": digest, "mine in float32": "x"}
+        )
+
+    same_models([])
+    assert not built
+    same_models([of(weights_sha256(load_frozen(str(here)).model))])
+    assert built == ["composed"]
+    with pytest.raises(ConfigError, match="zoo/composed/policy has other weights here"):
+        same_models([of("other")])
