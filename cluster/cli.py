@@ -92,11 +92,11 @@ def train(
     if dry_run:
         print_plan(settings, console)
         # Nothing is downloaded for a plan.
-        if at_hand := settings.data.at_hand():
-            with console.status("making the tasks' prompts"):
-                build_tasks(settings.data.model_copy(update={"tasks": at_hand}))
+        if glimpse := settings.data.glimpse():
+            with console.status("looking at the tasks' prompts"):
+                build_tasks(glimpse)
         for task in settings.data.tasks:
-            if task not in at_hand:
+            if task not in settings.data.at_hand():
                 console.print(f"not looked at: task {task.name}, which needs the hub", highlight=False)
         return
     from cluster.run.training import started_before

@@ -92,6 +92,7 @@ class CurriculumConfig(BaseModel):
         return self
 
 
+GLIMPSE = 100  # entries
 SOURCES = ("dataset", "category", "compose", "path", "hub", "plugin")
 
 
@@ -100,8 +101,8 @@ class TaskConfig(BaseModel):
 
     Exactly one of `dataset` (a Reasoning Gym data set), `category` (all data sets of a Reasoning Gym category, each a
     task of its own named `<name>.<data set>`, sharing the weight), `compose` (names of other tasks, whose integer
-    answers are combined by `operation`), `path` (a local JSON, JSONL, Parquet or CSV file), `hub` (a data set of the Hugging
-    Face hub, as `name` or `name:configuration`) or `plugin` (`module:Class`) says where its prompts come from.
+    answers are combined by `operation`), `path` (a local JSON, JSONL, Parquet or CSV file), `hub` (a data set of the
+    Hugging Face hub, as `name` or `name:configuration`) or `plugin` (`module:Class`) says where its prompts come from.
 
     weight: share of the training stream, relative to the other tasks; 0 keeps the task as a part
         of composed ones, unseen by itself.
@@ -196,6 +197,20 @@ class DataConfig(BaseModel):
         """The tasks whose prompts need no download."""
         away = {task.name for task in self.tasks if task.hub is not None}
         return tuple(t for t in self.tasks if t.name not in away and not away & set(t.compose or ()))
+
+    def glimpse(self) -> DataConfig | None:
+        """Enough of the prompts at hand to see that their settings are right; None where there are none at hand.
+
+        Of data sets that are made, some: making all of a category's puzzles takes minutes.  But where only some of the
+        answers or levels count, what is left of all of them is what matters.
+        """
+        parts = {part for task in self.tasks for part in task.compose or ()}
+        tasks = []
+        for task in self.at_hand():
+            made = task.dataset is not None or task.category is not None
+            whole = not made or task.answers or task.curriculum or task.name in parts
+            tasks.append(task if whole else task.model_copy(update={"size": min(task.size, GLIMPSE)}))
+        return self.model_copy(update={"tasks": tuple(tasks)}) if tasks else None
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

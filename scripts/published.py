@@ -83,8 +83,8 @@ def same_models(runs: Sequence[Run]) -> None:
         model, _, dtype = each.partition(" in ")
         if weights_sha256(load_frozen(str(paths.resolve(model)), dtype).model) != digest:
             raise ConfigError(
-                f"{model} has other weights here than in the runs that have finished, for another kind of machine builds "
-                "others: train them all here (with another --root, without --published, the archive deleted)"
+                f"{model} has other weights here than in the runs that have finished, as another kind of machine "
+                "builds them: train all of them here (with another --root, without --published, the archive deleted)"
             )
 
 

@@ -35,7 +35,8 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         folder.check(config, resume, overwrite)
         if resume and checkpoint.steps(folder.checkpoints):
             checkpoint.read(folder.checkpoints)
-        tasks = build_tasks(config.data)
+        with console.status("making the tasks' prompts"):
+            tasks = build_tasks(config.data)
         for world in sorted(paths.worlds_named_by(config.models().values())):
             paths.ensure(world)
         check_models(config)
