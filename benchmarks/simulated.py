@@ -60,7 +60,7 @@ class Host:
         """Answers once the process is up."""
         return True
 
-    async def encode(self, worker: str, messages: Sequence[Any], rows: Sequence[int]) -> int:
+    async def encode(self, worker: str, messages: Sequence[Any], rows: Sequence[int], keep: bool = True) -> int:
         """Features that are only a number."""
         return len(messages)
 

@@ -130,10 +130,12 @@ class Expert:
         """Hash of the weights as they are now."""
         return self.encoder.sha256()
 
-    def encode(self, prompts: Sequence[Messages], rows: Sequence[int] | None = None) -> Encoded:
+    def encode(self, prompts: Sequence[Messages], rows: Sequence[int] | None = None, keep: bool = True) -> Encoded:
         """Features of some prompts, from the cache where it has them.
 
         rows: see `Encoded`; None means all that were asked for.
+        keep: whether the cache takes those that it did not have.  What a prompt stands beside in a batch changes its
+            features' last digits, so what is asked in some runs only (measuring baselines) must not reach training.
         """
         start = time.perf_counter()
         texts = [self.frozen.render(messages) for messages in prompts]
@@ -144,7 +146,8 @@ class Expert:
         for at in range(0, len(wanted), self.config.batch):
             chunk = wanted[at : at + self.config.batch]
             for index, made in zip(chunk, self._forward([prompts[i] for i in chunk]), strict=True):
-                self.cache.put(keys[index], made)
+                if keep:
+                    self.cache.put(keys[index], made)
                 found[keys[index]] = made
         features = tuple(feature for key in keys if (feature := found[key]) is not None)
         a_token, a_prompt = 2.0 * self.frozen.parameters, self._length(prompts)

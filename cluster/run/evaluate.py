@@ -171,7 +171,7 @@ class Evaluator:
         return int(status is RewardStatus.OK and right >= RIGHT)
 
     async def _features(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        stages = self.fleet.states(prompts)
+        stages = self.fleet.states(prompts, keep=False)
         asked = [stage.reference for stage in stages]
         encoded = whole(await self.fleet.get_all(asked, "encoding for evaluation", stages=stages))
         return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)

@@ -205,9 +205,9 @@ class Fleet:
             return self.answers(shown, self.asked.answer_tokens)
         return self.states(shown) if self.asked.what == "states" else []
 
-    def states(self, prompts: Sequence[Any]) -> list[Stage]:
-        """Calls for every expert's features of these very prompts."""
-        return self._ask(prompts, "encode")
+    def states(self, prompts: Sequence[Any], keep: bool = True) -> list[Stage]:
+        """Calls for every expert's features of these very prompts.  keep: see `Expert.encode`."""
+        return self._ask(prompts, "encode", keep)
 
     def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[Stage]:
         """Calls for every expert's own answers to these very prompts."""

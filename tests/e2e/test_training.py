@@ -52,11 +52,19 @@ def test_a_run_on_ray_and_deepspeed_learns_and_touches_no_frozen_weight(runs: Ru
 
 
 def test_the_same_seed_writes_the_same_metrics_and_another_does_not(runs: Runs) -> None:
+    # The second finds the frozen baselines measured, and has encoded nothing for them.
+    settings = [
+        f"evaluation.cache={runs.folder / 'baselines'}", "evaluation.router_examples=100",
+        "data.tasks=[{name: sums, dataset: chain_sum, size: 200}]", "router.calibration.prompts=0",
+    ]  # fmt: skip
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert runs.train(f"run={name}", f"seed={seed}").returncode == 0
+        done = runs.train(f"run={name}", f"seed={seed}", *settings)
+        assert done.returncode == 0, done.stderr
     first, again, other = (comparable(runs.metrics(name)) for name in "abc")
     assert first == again
     assert first != other
+    hits = [[line["cache/hit_rate"] for line in runs.metrics(name)] for name in "ab"]
+    assert hits[0] == hits[1], "what was encoded for the baselines reached training, in other batches"
 
 
 # Its level moves with nearly every update: up on any answer that is not wholly wrong, else down.

@@ -40,6 +40,16 @@ def test_the_last_k_states_are_those_of_the_whole_prompt(folder: Path) -> None:
         assert np.abs(found - states).max() < 1e-5
 
 
+def test_what_is_not_kept_is_made_again(folder: Path) -> None:
+    expert = Expert(ExpertConfig(name="it", model=str(folder)), str(folder), CacheConfig())
+    asked = [({"role": "user", "content": text},) for text in ("1 + 2 =", "long " * 8)]
+    once = expert.encode(asked, keep=False)
+    assert len(expert.cache) == 0 and once.misses == 2
+    kept = expert.encode(asked)
+    assert kept.misses == 2 and expert.encode(asked, keep=False).hits == 2
+    assert all(np.array_equal(a, b) for a, b in zip(once.features, kept.features, strict=True))
+
+
 def test_norms(folder: Path) -> None:
     (plain,) = encoded(folder, ["12 + 34 ="], norm="none")
     for norm in ("layer", "learned"):

@@ -185,7 +185,7 @@ class World:
         self.trained: list[tuple[int, int]] = []
         self.timeline: list[str] = []
 
-    def encode(self, messages: Any, rows: Any) -> list[int]:
+    def encode(self, messages: Any, rows: Any, keep: bool = True) -> list[int]:
         """Features of nobody."""
         return []
 

@@ -27,7 +27,7 @@ class Copy:
 
     name: str = "it"
 
-    def encode(self, messages: list[Any], rows: list[int]) -> Encoded:
+    def encode(self, messages: list[Any], rows: list[int], keep: bool = True) -> Encoded:
         """The texts as keys, and their numbers as features."""
         texts = [message[0]["content"] for message in messages]
         features = tuple(np.full((1, 2), float(text.split()[1]), np.float32) for text in texts)
