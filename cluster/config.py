@@ -299,17 +299,28 @@ def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def _overridden(tree: Any, overrides: Sequence[str], where: str) -> RunConfig:
+    overrides = [_renamed(override) for override in overrides]
+    for name, key in OTHER_NAMES.items():
+        section, _, last = name.rpartition(".")
+        some = OmegaConf.select(tree, section)
+        if OmegaConf.is_dict(some) and last in some and OmegaConf.select(tree, key) is None:
+            OmegaConf.update(tree, key, some.pop(last))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         try:
-            _put(tree, OTHER_NAMES.get(key, key), yaml.safe_load(value))
+            _put(tree, key, yaml.safe_load(value))
         except IndexError as error:
             raise ConfigError(f"override {override!r} cannot be applied: {error}") from error
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
     return parse(OmegaConf.to_container(tree, resolve=True), where, overrides)
+
+
+def _renamed(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{OTHER_NAMES.get(key, key)}{equals}{value}"
 
 
 def _put(tree: Any, key: str, value: Any) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.config import ConfigError
-from cluster.keys import changed_keys
 from cluster.run.folder import RunFolder
 from cluster.run.sweep import Point
 from cluster.watch import logs
@@ -64,7 +63,7 @@ def restore(source: Path, points: Sequence[Point], note: Callable[[str], None]) 
         archive.extractall(box, [each for each in archive if each.name.split("/")[0] in wanted], filter="data")
         for name in sorted(wanted):
             here, point = Path(box) / name, missing[name]
-            if differing := changed_keys(RunFolder(here).saved_config(), point.config):
+            if differing := point.differing(RunFolder(here)):
                 note(f"{name} was published with other settings ({', '.join(differing[:4])}): it is run again")
             else:
                 here.rename(point.config.folder)

@@ -237,8 +237,8 @@ def _write(
         "arms": [_without_places(asdict(arm)) for arm in arms],
     }
     DATA.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    for name, draw in (("ladder", ladder.ladder_figure), ("cost", ladder.cost_figure)):
-        draw(arms, BESIDE / f"{section.name}-{name}.png")
+    ladder.ladder_figure(arms, BESIDE / f"{section.name}-ladder.png", beyond)
+    ladder.cost_figure(arms, BESIDE / f"{section.name}-cost.png")
     text = PAGE.read_text(encoding="utf-8")
     begin, end = f"<!-- {section.name}: begin -->", f"<!-- {section.name}: end -->"
     if begin not in text:

@@ -74,7 +74,7 @@ def report_arms(
     """The same from arms; config: of a run of the first arm.  beyond: labels of those that are no rivals."""
     out.parent.mkdir(parents=True, exist_ok=True)
     steps, cost = out.with_name("ladder.png"), out.with_name("cost.png")
-    ladder.ladder_figure(arms, steps)
+    ladder.ladder_figure(arms, steps, beyond)
     ladder.cost_figure(arms, cost)
     primary = comparison.primary(arms, beyond)
     said = primary.text if primary else f"{arms[0].label}: there is nothing to compare it with."

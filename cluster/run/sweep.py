@@ -8,6 +8,8 @@ import itertools
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +24,9 @@ from cluster.config import ConfigError, RunConfig, load
 from cluster.jobs.client import JobError, Jobs
 from cluster.keys import changed_keys
 from cluster.run.folder import RunFolder
-from cluster.run.launched import STOP_S, Launched
 
 POLL_S = 1.0
+STOP_S = 900.0  # for a step and its checkpoint
 PATIENCE = 60  # polls of a job server that gives no answer
 
 
@@ -61,20 +63,22 @@ class Point:
             return False
         return not self.config.trains or json.loads(summary.read_text())["steps"] == self.config.steps
 
-    def check(self) -> None:
-        """Refuses a run of this name that computes something else, or for another number of steps.
+    def differing(self, folder: RunFolder) -> list[str]:
+        """Keys in which the run of a folder is another one.
 
         A run alone may be made longer; beside others it would be one whose schedule began anew on its way.
+        """
+        saved = folder.saved_config()
+        return ["steps"] * (saved.steps != self.config.steps) + changed_keys(saved, self.config)
+
+    def check(self) -> None:
+        """Refuses a run of this name that is another one.
 
         Raises:
             ConfigError: naming what differs.
         """
         folder = RunFolder(self.config.folder)
-        if not folder.config.is_file():
-            return
-        saved = folder.saved_config()
-        keys = ["steps"] * (saved.steps != self.config.steps) + changed_keys(saved, self.config)
-        if keys:
+        if folder.config.is_file() and (keys := self.differing(folder)):
             raise ConfigError(
                 f"{folder.path} is another run, with other {', '.join(keys[:4])}: give the sweep another run=NAME"
             )
@@ -228,12 +232,36 @@ def sweep(recipe: Path, points: Sequence[Point], parallel: int, address: str | N
                     bar.console.print(f"{each.point.config.run} failed: {each.said}", highlight=False, soft_wrap=True)
 
 
-class _Started(Launched):
-    """A run as a process of this machine."""
+class _Started:
+    """A run as a process of its own, with its output in a file beside its folder."""
 
     def __init__(self, recipe: Path, point: Point, address: str | None) -> None:
-        super().__init__(recipe, point.overrides, Path(f"{point.config.folder}.log"))
-        self.point = point
+        self.point, self.log = point, Path(f"{point.config.folder}.log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-P", "-m", "cluster.cli", "train", str(recipe), *point.overrides, "--auto-resume"]
+        with self.log.open("ab") as out:
+            # In a group of its own: Ctrl-C reaches the sweep alone, which then stops its runs once.
+            self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+    @property
+    def over(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def succeeded(self) -> bool:
+        return self._process.returncode == 0
+
+    @property
+    def said(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'nothing'} (all of it: {self.log})"
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def wait(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_S)
 
 
 class _Submitted:
@@ -248,7 +276,7 @@ class _Submitted:
     def over(self) -> bool:
         try:
             self._job = self._jobs.find(self._job.id)
-        except JobError:
+        except (JobError, ConfigError):  # nothing answers, or a server that has just been started again knows no jobs
             self._missed += 1
             if self._missed > PATIENCE:
                 raise
@@ -283,7 +311,7 @@ def _all_stopped(console: Console) -> Iterator[list[_Started | _Submitted]]:
         for each, ask in [*((each, each.stop) for each in running), *((each, each.wait) for each in running)]:
             try:
                 ask()
-            except JobError as error:  # the others are to be stopped all the same
+            except (JobError, ConfigError) as error:  # the others are to be stopped all the same
                 console.print(f"{each.point.config.run} may go on: {error}", highlight=False, soft_wrap=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,8 @@ class Ablation:
         Without a p-value: the shares of a task add up to one, so cells are not independent.
         """
         cells = [loss for loss in self.losses() if loss.what == KNOCKED_OUT]
-        found = foretold([0] * len(cells), [cell.attention or 0.0 for cell in cells], [cell.loss for cell in cells])
-        return replace(found, p=None)
+        attention, losses = [cell.attention or 0.0 for cell in cells], [cell.loss for cell in cells]
+        return foretold([0] * len(cells), attention, losses, permutations=0)
 
     def over_prompts(self) -> dict[str, Foretold]:
         """By expert, over the prompts that the router got right: is one that looks more at it lost more often?
@@ -122,12 +122,18 @@ class Ablation:
 
 
 def foretold(
-    strata: Sequence[object], attention: Sequence[float] | np.ndarray, losses: Sequence[float], seed: int = 0
+    strata: Sequence[object],
+    attention: Sequence[float] | np.ndarray,
+    losses: Sequence[float],
+    permutations: int = PERMUTATIONS,
 ) -> Foretold:
-    """Spearman's rank correlation within strata, where both vary, and its p-value by permuting within them."""
+    """Spearman's rank correlation within strata, where both vary, and its p-value by permuting within them.
+
+    permutations: 0 leaves the p-value out.
+    """
     from scipy.stats import rankdata
 
-    count, rng = len(losses), np.random.default_rng(seed)
+    count, rng = len(losses), np.random.default_rng(0)
     rows = [np.flatnonzero([mine == stratum for mine in strata]) for stratum in dict.fromkeys(strata)]
     pairs = []
     for mine in rows:
@@ -137,11 +143,13 @@ def foretold(
     if count < 3 or size == 0:
         return Foretold(None, None, count)
     rho = sum(float(looked @ lost) for looked, lost in pairs) / size
-    shuffled = np.zeros(PERMUTATIONS)
+    if not permutations:
+        return Foretold(rho, None, count)
+    shuffled = np.zeros(permutations)
     for looked, lost in pairs:
-        shuffled += rng.permuted(np.tile(lost, (PERMUTATIONS, 1)), axis=1) @ looked / size
+        shuffled += rng.permuted(np.tile(lost, (permutations, 1)), axis=1) @ looked / size
     as_much = int((np.abs(shuffled) >= abs(rho) - 1e-12).sum())
-    return Foretold(rho, (1 + as_much) / (1 + PERMUTATIONS), count)
+    return Foretold(rho, (1 + as_much) / (1 + permutations), count)
 
 
 def table(ablation: Mapping[str, Any]) -> Table:

@@ -28,8 +28,11 @@ def headline(arms: Sequence[Arm]) -> str:
     return COMPOSED if COMPOSED in arms[0].accuracy else MEAN
 
 
-def ladder_figure(arms: Sequence[Arm], path: Path) -> None:
-    """Write a PNG: for the deciding column and the mean, every arm from worst to best; the first is coloured."""
+def ladder_figure(arms: Sequence[Arm], path: Path, beyond: Sequence[str] = BEYOND) -> None:
+    """Write a PNG: for the deciding column and the mean, every arm from worst to best; the first is coloured.
+
+    beyond: labels of what is no rival, in grey.
+    """
     columns = list(dict.fromkeys((headline(arms), MEAN)))
     ordered = sorted(arms, key=lambda arm: arm.accuracy[columns[0]].value)
     with drawn(path, 14, 1.4 + 0.36 * len(arms), **{"axes.grid": False}) as figure:
@@ -48,7 +51,7 @@ def ladder_figure(arms: Sequence[Arm], path: Path) -> None:
         left = figure.axes[0]
         left.set_yticks(range(len(ordered)), [short(arm.label) for arm in ordered])
         for tick, arm in zip(left.yaxis.get_major_ticks(len(ordered)), ordered, strict=True):
-            tick.label1.set_color(_FAINT if arm.label in BEYOND else COLOURS[0] if arm is arms[0] else _TEXT)
+            tick.label1.set_color(_FAINT if arm.label in beyond else COLOURS[0] if arm is arms[0] else _TEXT)
 
 
 def cost_figure(arms: Sequence[Arm], path: Path) -> None:

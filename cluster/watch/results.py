@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NotRequired, TypedDict
 
 from cluster.watch.intervals import (
@@ -58,7 +58,7 @@ class Comparison:
 
     difference: router - baseline, with its 95 % interval from `low` to `high`.
     paired: whether the interval comes from prompt-by-prompt outcomes.
-    rivals: how many the baseline is the best of.
+    rivals: how many the baseline was picked from, for being the best.
     """
 
     column: str
@@ -177,7 +177,6 @@ def compare(evaluation: Evaluation, baseline: str, column: str) -> Comparison:
         low=bounds.low,
         high=bounds.high,
         paired=paired,
-        rivals=max(1, len(_rivals(evaluation, column))) if is_baseline(baseline) else 1,
     )
 
 
@@ -190,7 +189,10 @@ def verdict(evaluation: Evaluation) -> Verdict:
     if ROUTER not in evaluation:
         raise ValueError(f"the evaluation has no router, only {', '.join(evaluation)}")
     columns = dict.fromkeys((headline_column(evaluation), MEAN))
-    comparisons = tuple(compare(evaluation, best_baseline(evaluation, column), column) for column in columns)
+    comparisons = tuple(
+        replace(compare(evaluation, best_baseline(evaluation, column), column), rivals=len(_rivals(evaluation, column)))
+        for column in columns
+    )
     head = comparisons[0]
     text = "; ".join([_sentence(head), *(_clause(other) for other in comparisons[1:])])
     return Verdict(

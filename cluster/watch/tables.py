@@ -117,7 +117,7 @@ def print_results(
     console.print(results_table(evaluation, before))
     if attention:
         console.print(attention_table(attention))
-    lost = outcome.high < 0
+    lost = outcome.comparisons[0].lost
     console.print(Text(outcome.text, style="bold green" if outcome.won else "bold yellow" if lost else "bold"))
     if outcome.hindsight:
         console.print(Text(outcome.hindsight, style=DIM))

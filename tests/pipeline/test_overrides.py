@@ -49,6 +49,16 @@ def test_a_key_of_two_names_is_one(tmp_path: Path) -> None:
     (tmp_path / "saved.yaml").write_text(load(RECIPE).as_yaml())
     assert load(tmp_path / "saved.yaml", ["policy.replicas=2"]).policy.workers == 2
     assert load(RECIPE, ["policy.replicas=2"]).policy.workers == 2
+    other = tmp_path / "other.yaml"
+    other.write_text(RECIPE.read_text().replace("policy: {", "policy: {replicas: 2, "))
+    assert load(other).policy.workers == 2
+    for name in ("replicas", "workers"):
+        assert load(other, [f"policy.{name}=3"]).policy.workers == 3
+        with pytest.raises(ConfigError, match=r"^override 'policy\.workers=0'"):
+            load(other, [f"policy.{name}=0"])
+    other.write_text(RECIPE.read_text().replace("policy: {", "policy: {replicas: 2, workers: 3, "))
+    with pytest.raises(ConfigError, match=r"unknown key 'policy\.replicas'"):
+        load(other)
 
 
 def test_a_kind_that_is_none_is_refused_with_those_that_are() -> None:
