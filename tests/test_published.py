@@ -92,7 +92,7 @@ def test_what_is_here_stays_and_what_had_other_settings_is_run_again(tmp_path: P
     restore(archive, wanted, said.append)
     assert not list((tmp_path / "new" / "a").iterdir()) and not wanted[1].config.folder.exists()
     assert said == ["b was published with other settings (learner.learning_rate): it is run again"]
-    longer = point(tmp_path / "longer", "b", "steps=600")
+    longer = point(tmp_path / "longer", "b", "steps=600", "learner.learning_rate=1.0")
     restore(archive, [longer], said.append)
     assert said[1:] == ["b was published with other settings (steps): it is run again"]
     longer.check()
