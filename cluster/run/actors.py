@@ -60,7 +60,7 @@ def join_cluster(address: str | None, dashboard_port: int | None, namespace: str
             f"{address} (ray.address or RAY_ADDRESS) is a job server, which takes runs by musketeers submit: to train "
             "from here, name the cluster itself (ray.address=HOST:6379), or unset it to start one on this machine"
         )
-    environment = {"env_vars": PROCESS_ENVIRONMENT}
+    environment = {"env_vars": dict(PROCESS_ENVIRONMENT)}  # a copy: Ray writes its hook into it, and refuses a second
     common: dict[str, Any] = {
         "namespace": namespace,
         "logging_level": "WARNING",

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.config import ConfigError, parse
 from cluster.run import preflight
+from cluster.zoo import paths
 from tests.pipeline.runs import made_up_run, settings
 
 NEW = {"name": "new", "model": "org/new"}
@@ -43,8 +44,9 @@ def test_settings_that_do_not_go_together_are_refused(wrong: dict[str, Any], mes
     assert config("somewhere").router.add_expert == ("new",), "or it is refused for another reason"
 
 
-def test_the_others_must_be_the_saved_ones(tmp_path: Path) -> None:
+def test_the_others_must_be_the_saved_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made_up_run(tmp_path)
+    monkeypatch.setattr(paths, "worlds_named_by", lambda names: set())  # the recipe of no world has these models
     preflight.check_names(config(run))
     preflight.check_names(config(run, [OLD[1], NEW, OLD[0]]))
     with pytest.raises(ConfigError, match=r"router\.add_expert: .*trio knows expert 'one' already"):
