@@ -21,6 +21,7 @@ RESUMABLE = (
     "checkpoint",
     "evaluation.every",
     "evaluation.validation_prompts",
+    "evaluation.stand_ins",
     "evaluation.batch",
     "evaluation.cache",
     "pipeline",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from experts.config import RouterConfig
 from experts.expert import Encoded
 from experts.loading import ModelError, describe
 from experts.router import Asks, router_class
+from experts.standins import States
 from experts.state import RouterShape, RouterSnapshot
 from rollout.config import PolicyConfig
 from rollout.continuous import Decoding, Piece
@@ -36,7 +38,7 @@ class Opened:
     tokens: of the prompt as the policy reads it, without the prefix's slots.
     attention: (experts,) share of the router's attention, the mean over heads and slots; zeros where it has none.
     gate: whether the policy got the prefix.
-    hidden: names of experts that the router did not see.
+    hidden: names of experts that had nothing to say: the router saw a stand-in, or nothing in their place.
     """
 
     tokens: np.ndarray
@@ -62,12 +64,13 @@ class Answerer(RolloutWorker):
         shape: RouterShape,
         snapshot: RouterSnapshot,
         threads: int = 0,
+        stand_ins: States = MappingProxyType({}),
     ) -> None:
         super().__init__(policy, path, router, seed=0, threads=threads)
         with contextlib.ExitStack() as built:
             built.callback(self.close)
             self.attach(shape)
-            self.shape, self.snapshot = shape, snapshot
+            self.shape, self.snapshot, self.stand_ins = shape, snapshot, dict(stand_ins)
             self._fewest = 2 if router.prefix.position == "after_bos" else 1
             self._slots = 0 if router.kind in ("none", "text") else router.latents
             self.asks: Asks = getattr(router_class(router.kind), "asks", "states")
@@ -78,26 +81,28 @@ class Answerer(RolloutWorker):
     def open(self, messages: Sequence[Message], encoded: Sequence[Encoded | None], decoding: Decoding) -> Opened:
         """Everything up to the first token.
 
-        encoded: of this one prompt, what each expert gave, in the router's order; None of one that gave nothing, which
-            is hidden from the router.  Empty where it asks for nothing.
+        encoded: of this one prompt, what each expert gave, in the router's order; None of one that gave nothing: the
+            router sees its stand-in, or without one nothing in its place.  Empty where it asks for nothing.
 
         Raises:
             PromptError: when the policy cannot read the prompt, or it is too long.
         """
-        visible = np.array([part is not None for part in encoded] or [True] * len(self.shape.experts))
+        names = self.shape.experts
+        there = np.array([part is not None for part in encoded] or [True] * len(names))
+        visible = there | np.array([name in self.stand_ins for name in names])
         prompt = Prompt(ordinal=0, task="", messages=tuple(messages), answer="")
         given = [part for part in encoded if part is not None]
         (seen,) = self.messages_for([prompt], self._texts(encoded))
         tokens = np.asarray(self.tokens_of(seen), dtype=np.int64)
         prefix, attention, gate = None, np.zeros(len(visible)), False
         if self.asks == "nothing" or (self.asks == "states" and given):
-            shown = [self._stand_in(index) if part is None else part for index, part in enumerate(encoded)]
+            shown = [self._in_place_of(index) if part is None else part for index, part in enumerate(encoded)]
             made = self.collaborate(self.snapshot, shown, [Draws(expert_mask=visible)])
             gate = made.prefix is not None and made.draws[0].open
             prefix = made.prefix[0] if made.prefix is not None and gate else None
             attention = attention if made.attention is None else made.attention[0].mean(axis=0)
         self._check(len(tokens), 0 if prefix is None else len(prefix), decoding.max_new_tokens)
-        hidden = tuple(name for name, mine in zip(self.shape.experts, visible, strict=True) if not mine)
+        hidden = tuple(name for name, mine in zip(names, there, strict=True) if not mine)
         return Opened(tokens, prefix, attention, gate, hidden)
 
     def check_room(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> None:
@@ -134,10 +139,11 @@ class Answerer(RolloutWorker):
         """The answer's samples as they are made; a caller that stops listening ends them."""
         return self.engine.stream(opened.tokens, opened.prefix, decoding, self.snapshot)
 
-    def _stand_in(self, expert: int) -> Encoded:
-        """In an absent expert's place, for the shapes: the router does not see it."""
-        nothing = np.zeros((1, self.shape.widths[expert]), np.float32)
-        return Encoded(self.shape.experts[expert], ("",), (nothing,), 0, 0, 0.0, (0,))
+    def _in_place_of(self, expert: int) -> Encoded:
+        """An absent expert's stand-in; without one zeros, for the shapes: the router does not see them."""
+        name = self.shape.experts[expert]
+        state = self.stand_ins.get(name, np.zeros((1, self.shape.widths[expert]), np.float32))
+        return Encoded(name, ("",), (state,), 0, 0, 0.0, (0,))
 
     def _texts(self, encoded: Sequence[Encoded | None]) -> list[Encoded]:
         """Answers of all experts, an absent one's empty."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from experts.loading import load_embeddings, load_frozen
 from experts.operations import RouterOperations, states_of
 from experts.prefix import prefix_hash, sketch
 from experts.router import chooses, closed_choice
+from experts.standins import stood_in
 from experts.state import RouterShape, RouterSnapshot, build_router, embedding_rms, put_arrays, stack_features
 from rollout.config import PolicyConfig
 from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
@@ -120,6 +122,7 @@ class RolloutWorker:
         training: bool = True,
         alone: bool = False,
         hidden: Sequence[int] = (),
+        stand_ins: Mapping[int, np.ndarray] = MappingProxyType({}),
         prefix: np.ndarray | None = None,
     ) -> Rollout:
         """One group a prompt, all under the snapshot's router.
@@ -129,10 +132,14 @@ class RolloutWorker:
         training: draws expert dropout; evaluation shows the router every expert.
         alone: the frozen policy without anything that is trained.
         hidden: experts, by place, that the router is not to see.
+        stand_ins: (tokens, width) states in the place of what an expert has read, by the expert's place.
         prefix: (slots, width) for every prompt that gets one, in the place of the router's own; no slots, no prefix.
         """
         start = time.perf_counter()
-        encoded = tuple(whole(encoded))
+        encoded = tuple(
+            stood_in(part, stand_ins[place]) if place in stand_ins else part
+            for place, part in enumerate(whole(encoded))
+        )
         dropout, experts = self.router_config.expert_dropout if training else 0.0, len(self._experts)
         draws = [collaborator_draws(self.seed, p.ordinal, snapshot.version, experts, dropout) for p in prompts]
         for mine in draws:

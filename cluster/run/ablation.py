@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from cluster.run.evaluate import Answered, Evaluator, donors_of
 from cluster.run.fleet import Fleet, Reference, Stage
-from cluster.watch.ablation import FROZEN, KNOCKED_OUT, MEAN_STATES, SHUFFLED, Ablated, Ablation
+from cluster.watch.ablation import FROZEN, KNOCKED_OUT, MEAN_STATES, SHUFFLED, STOOD_IN, Ablated, Ablation
 from experts.expert import Encoded, whole
+from experts.standins import States
 from rollout.types import Prompt
 
 NO_SLOTS = np.zeros((0, 1), np.float32)
@@ -24,10 +26,19 @@ class Intervention:
     """Answers of one router to some prompts under every intervention.
 
     prompts: grouped by task, as `Evaluator.prompts` gives them.
+    stand_ins: for experts that are away, by name.
     """
 
-    def __init__(self, evaluator: Evaluator, fleet: Fleet, prompts: Sequence[Prompt], router: Reference) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        fleet: Fleet,
+        prompts: Sequence[Prompt],
+        router: Reference,
+        stand_ins: States = MappingProxyType({}),
+    ) -> None:
         self.evaluator, self.fleet, self.prompts, self.router = evaluator, fleet, list(prompts), router
+        self.stand_ins = stand_ins
         self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
         self.encoded: list[Encoded] = []
 
@@ -43,8 +54,11 @@ class Intervention:
         for place, expert in enumerate(experts):
             # Where there is one expert only, nothing is left to make a prefix from.
             without: dict[str, Any] = {"hidden": (place,)} if len(experts) > 1 else {"prefix": NO_SLOTS}
+            found.append(Ablated(KNOCKED_OUT, expert, (await self._answered(self.encoded, **without)).outcomes))
+            if expert in self.stand_ins:
+                stood_in = await self._answered(self.encoded, stand_ins={place: self.stand_ins[expert]})
+                found.append(Ablated(STOOD_IN, expert, stood_in.outcomes))
             found += [
-                Ablated(KNOCKED_OUT, expert, (await self._answered(self.encoded, **without)).outcomes),
                 Ablated(SHUFFLED, expert, (await self._answered(self._shuffled(place))).outcomes),
                 Ablated(MEAN_STATES, expert, (await self._answered(self._averaged(place))).outcomes),
             ]

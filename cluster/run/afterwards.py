@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.config import RunConfig
-from cluster.run import checkpoint, groups
+from cluster.run import checkpoint, groups, substitution
 from cluster.run.ablation import Intervention
 from cluster.run.asked import asked_by
 from cluster.run.baselines import KnownBaselines, fingerprints
@@ -27,6 +27,7 @@ from cluster.watch.tables import print_results
 from cluster.zoo import paths
 from experts.expert import whole
 from experts.router import router_class
+from experts.standins import read_stand_ins
 from learner.batch import global_denominators
 from rewards.sources import Task, build_tasks
 from rewards.stream import PromptStream
@@ -97,7 +98,14 @@ def ablate_run(asked: Asked, console: Console) -> None:
         known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
         evaluator = Evaluator(config, started.fleet, tasks, known)
         prompts = evaluator.prompts(asked.split, asked.prompts or config.evaluation.prompts)
-        return await Intervention(evaluator, started.fleet, prompts, saved.learner.snapshot).measured()
+        router = saved.learner.snapshot
+        stand_ins = read_stand_ins(asked.run, router.checksum)
+        if stand_ins is None and substitution.wanted(evaluator):
+            stand_ins = (await substitution.find(evaluator, started.fleet, router)).stand_ins(router.checksum)
+            if saved.step == checkpoint.steps(folder.checkpoints)[-1]:
+                stand_ins.write(folder.path)  # those of the router that is served
+        instead = stand_ins.states if stand_ins else {}
+        return await Intervention(evaluator, started.fleet, prompts, router, instead).measured()
 
     try:
         with console.status("answering under every intervention"):

@@ -17,6 +17,7 @@ from cluster.run.reporting import versions
 from cluster.run.trained import BUNDLE, CARD, RECIPE, RESULTS, Trained, open_trained
 from cluster.watch import logs
 from cluster.watch.results import Result, interval
+from experts.standins import STAND_INS
 from experts.state import ROUTER_FILES, write_router
 
 # Of the machine and the cluster that trained, and nobody else's business.
@@ -46,6 +47,9 @@ def export(run: Path, out: Path, step: int | None = None, overwrite: bool = Fals
         (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (out / CARD).write_text(card(trained, results), encoding="utf-8")
         meta = {**trained.meta, "config": trained.config.router.model_dump(mode="json")}
+        (out / STAND_INS).unlink(missing_ok=True)
+        if trained.stand_ins:
+            trained.stand_ins.write(out)
         write_router(out, trained.snapshot.arrays, meta)
     except OSError as error:
         raise BundleError(f"{error.filename or out} cannot be written: {error.strerror}") from error

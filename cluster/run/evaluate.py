@@ -63,7 +63,7 @@ class Evaluator:
         """Accuracy with the prefix, and `attention/<task>/<expert>`."""
         answered = await self.answered(prompts, router, self.fleet.encode)
         groups = [group for report in answered.reports for group in report.groups]
-        return self._result(prompts, answered.outcomes), attention_metrics(groups, self.experts)
+        return self.result(prompts, answered.outcomes), attention_metrics(groups, self.experts)
 
     async def shuffled(self, prompts: Sequence[Prompt], router: Reference, within_task: bool) -> Result:
         """Every prompt gets the prefix of a donor with another gold answer: what a signature alone would give."""
@@ -73,7 +73,7 @@ class Evaluator:
         def ask(chunk: Sequence[Prompt]) -> list[Stage]:
             return self.fleet.encode([donor[id(prompt)] for prompt in chunk])
 
-        return self._result(prompts, (await self.answered(prompts, router, ask)).outcomes)
+        return self.result(prompts, (await self.answered(prompts, router, ask)).outcomes)
 
     async def sampled(self, prompts: Sequence[Prompt], router: Reference, samples: int) -> dict[str, list[int]]:
         """Per task, how many of so many sampled answers to each prompt are right."""
@@ -100,23 +100,23 @@ class Evaluator:
         self, prompts: Sequence[Prompt], examples: Sequence[Prompt], router: Reference
     ) -> Evaluation:
         frozen = await self.answered(prompts, router, alone=True)
-        results = {"frozen_policy": self._result(prompts, frozen.outcomes)}
+        results = {"frozen_policy": self.result(prompts, frozen.outcomes)}
         await self.fleet.prepare(answers=True)
         own = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
         known = [await self._own_answers(index, examples) for index in range(len(self.experts))]
         text = await self.answered(prompts, router, self._texts, alone=True)
         await self.fleet.prepare(answers=False)
         for name, (_, outcomes) in zip(self.experts, own, strict=True):
-            results[f"experts/{name}"] = self._result(prompts, outcomes)
+            results[f"experts/{name}"] = self.result(prompts, outcomes)
         right, right_before = (np.array([outcomes for _, outcomes in each]) for each in (own, known))
         everyone = np.arange(len(prompts))
         chosen = vote([said for said, _ in own], right_before.mean(axis=1))
-        results["majority"] = self._result(prompts, right[chosen, everyone].tolist())
+        results["majority"] = self.result(prompts, right[chosen, everyone].tolist())
         classifier = RouteClassifier(await self._features(examples), right_before)
         chosen = classifier.choose(await self._features(prompts))
-        results["route_and_answer"] = self._result(prompts, right[chosen, everyone].tolist())
-        results["oracle_route"] = self._result(prompts, right.max(axis=0).tolist())
-        results["text"] = self._result(prompts, text.outcomes)
+        results["route_and_answer"] = self.result(prompts, right[chosen, everyone].tolist())
+        results["oracle_route"] = self.result(prompts, right.max(axis=0).tolist())
+        results["text"] = self.result(prompts, text.outcomes)
         if self.fleet.asked.what == "answers":
             await self.fleet.prepare(answers=True)
         return results
@@ -176,7 +176,8 @@ class Evaluator:
         encoded = whole(await self.fleet.get_all(asked, "encoding for evaluation", stages=stages))
         return np.concatenate([np.stack([f.mean(axis=0) for f in e.features]) for e in encoded], axis=1)
 
-    def _result(self, prompts: Sequence[Prompt], outcomes: Sequence[int]) -> Result:
+    def result(self, prompts: Sequence[Prompt], outcomes: Sequence[int]) -> Result:
+        """Accuracies by task, and their mean."""
         by_task: dict[str, list[int]] = {name: [] for name in self.tasks}
         for prompt, outcome in zip(prompts, outcomes, strict=True):
             by_task[prompt.task].append(outcome)

@@ -14,10 +14,11 @@ from cluster.run.evaluate import Evaluation, Evaluator, digest_of, summary_of
 from cluster.run.fleet import Fault, Reference
 from cluster.run.folder import RunFolder, naming
 from cluster.run.reporting import attention_by_task, report_run, versions
+from cluster.run.substitution import Found
 from cluster.watch import logs
 from cluster.watch.board import Board
 from cluster.watch.live import Watch
-from cluster.watch.tables import print_results
+from cluster.watch.tables import print_results, without_table
 from experts.joining import is_of
 from experts.state import RouterShape
 from learner.learner import LearnerState
@@ -155,6 +156,7 @@ class Records:
         wall_s: float,
         started: Started,
         samples: list[dict[str, Any]],
+        absent: Found | None,
         console: Console,
     ) -> None:
         """Summary, figure, report, and the table people read."""
@@ -162,6 +164,8 @@ class Records:
             self._board.close()
         self.close()
         verdict = print_results(console, after, before=before, attention=attention_by_task(attention))
+        if absent is not None:
+            console.print(without_table(absent.as_data()))
         router, arrays = started.shape, _last_router(self.folder)
         new = [router.experts.index(name) for name in self.config.router.add_expert]
         self.folder.write_summary(
@@ -180,6 +184,7 @@ class Records:
                 "eval": summary_of(after),
                 "eval_before": {"router": summary_of(before)["router"]},
                 "verdict": verdict.summary(),
+                **({"stand_ins": absent.as_data()} if absent else {}),
                 "attention": attention,
                 "versions": versions(),
             }

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.jobs import placement
-from cluster.run import actors, checkpoint
+from cluster.run import actors, checkpoint, substitution
 from cluster.run.admission import Admission, Limits
 from cluster.run.asked import asked_by
 from cluster.run.baselines import KnownBaselines, fingerprints
@@ -33,6 +33,7 @@ from cluster.run.records import Records, baselines_of
 from cluster.run.recovery import Recovery, unstarted
 from cluster.run.start import Started, start_inline, start_on_ray
 from cluster.run.starting import start_router
+from cluster.run.substitution import Found
 from cluster.watch.live import Plan, Watch, make_watch
 from cluster.watch.message import JobMessage, own_job
 from cluster.watch.statusfile import STARTING, StatusFile
@@ -176,9 +177,10 @@ class Session:
         monitor.phase = "measuring the trained router"
         after, attention = await again(lambda: self._after(evaluator, records, prompts, driver, before))
         frozen = await again(lambda: self._frozen(started))
+        absent = await again(lambda: self._absent(evaluator, fleet, driver))
         samples = await again(lambda: examples(self.config, fleet, self.stream, self.folder, driver.step))
         wall_s = time.perf_counter() - begun
-        records.finish(driver, frozen, before, after, attention, wall_s, started, samples, self.console)
+        records.finish(driver, frozen, before, after, attention, wall_s, started, samples, absent, self.console)
         return Outcome(0, False)
 
     async def _before(self, evaluator: Evaluator, records: Records, prompts: list[Any], router: Any) -> Evaluation:
@@ -204,6 +206,17 @@ class Session:
             }
         records.evaluation(driver.step, "after", prompts, after, attention)
         return after, attention
+
+    async def _absent(self, evaluator: Evaluator, fleet: Fleet, driver: Driver) -> Found | None:
+        """Stand-ins for experts that may be away later, in the run's folder."""
+        if not substitution.wanted(evaluator):
+            return None
+        with self.console.status("looking for what stands in for an expert that is away"):
+            router = driver.learning.router
+            snapshot = await fleet.get(router, "the router")
+            found = await substitution.find(evaluator, fleet, router)
+        found.stand_ins(snapshot.checksum).write(self.folder.path)
+        return found
 
     async def _frozen(self, started: Started) -> list[dict[str, Any]]:
         """Proof that no frozen weight changed: every copy's hash before and after."""

@@ -31,7 +31,7 @@ class Answer:
     tokens: sampled for the first, the end token included.
     attention: share of the router's attention by expert, the mean over heads and slots.
     gate: whether the policy got the router's prefix.
-    hidden: experts that the router did not see.
+    hidden: experts that were left out.
     """
 
     text: str
@@ -69,7 +69,8 @@ class Musketeers:
                 refuse_other(expert.config.name, expert.fingerprint, fingerprint)
                 self.experts.append(expert)
             policy, path, router, _, _, threads = rollout_recipes(config)[0].args
-            self.policy = Answerer(policy, path, router, opened.shape, opened.trained.snapshot, threads)
+            trained = opened.trained
+            self.policy = Answerer(policy, path, router, opened.shape, trained.snapshot, threads, trained.absences)
             built.callback(self.policy.close)
             refuse_other("the policy", self.policy.policy.fingerprint(), opened.shape.policy_fingerprint)
             self._built = built.pop_all()
@@ -106,7 +107,7 @@ class Musketeers:
             max_new_tokens: of an answer; the run's own limit by default.
             samples: answers a prompt.
             seed: of sampling.
-            hidden: experts that the router is not to see.
+            hidden: experts to leave out: the router sees their stand-ins, or without these nothing in their place.
 
         Raises:
             ValueError: when a prompt is too long, or no expert has such a name.
@@ -119,13 +120,21 @@ class Musketeers:
         if not asked:
             return []
         limit = max_new_tokens or self.opened.config.sampling.max_new_tokens
-        places = [self.names.index(name) for name in hidden]
+        known = self.policy.stand_ins
+        places = [self.names.index(name) for name in hidden if name not in known]
+        stand_ins = {self.names.index(name): known[name] for name in hidden if name in known}
         sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples)
         encoded = [_without_answers(part) if part.expert in hidden else part for part in self._encoded(asked)]
         self.policy.check_room(self.policy.messages_for(asked, encoded), limit)
         self.policy.seed = seed
         made = self.policy.generate(
-            asked, sampling, self.opened.trained.snapshot, *encoded, training=False, hidden=places
+            asked,
+            sampling,
+            self.opened.trained.snapshot,
+            *encoded,
+            training=False,
+            hidden=places,
+            stand_ins=stand_ins,
         )
         return [self._answer(group, tuple(hidden)) for group in made.groups]
 

@@ -15,6 +15,7 @@ from ray import serve
 from cluster.serve.local import refuse_other
 from experts.config import CacheConfig, ExpertConfig, RouterConfig
 from experts.expert import Encoded, Expert
+from experts.standins import States
 from experts.state import RouterShape, RouterSnapshot
 from rollout.answerer import Answerer
 from rollout.config import PolicyConfig
@@ -119,8 +120,9 @@ class PolicyReplica:
         shape: RouterShape,
         snapshot: RouterSnapshot,
         threads: int,
+        stand_ins: States,
     ) -> None:
-        self._answerer = _LivingAnswerer(policy, path, router, shape, snapshot, threads)
+        self._answerer = _LivingAnswerer(policy, path, router, shape, snapshot, threads, stand_ins)
         refuse_other("the policy", self._answerer.policy.fingerprint(), shape.policy_fingerprint)
         self._names = shape.experts
 

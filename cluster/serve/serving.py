@@ -215,7 +215,9 @@ def application(opened: Ready, options: Options, key: str | None) -> Any:
         deadline_s=options.deadline_s,
         created=int(time.time()),
     )
-    bound = answering.bind(policy, path, router, opened.shape, opened.trained.snapshot, threads)
+    bound = answering.bind(
+        policy, path, router, opened.shape, opened.trained.snapshot, threads, opened.trained.absences
+    )
     return ingress(digest(key)).options(ray_actor_options={"num_cpus": 0}).bind(facts, bound, experts)
 
 

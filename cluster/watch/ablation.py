@@ -15,7 +15,8 @@ from rich.text import Text
 
 from cluster.watch.intervals import paired_bootstrap
 
-KNOCKED_OUT, SHUFFLED, MEAN_STATES = "knocked out", "states shuffled", "states replaced by their mean"
+KNOCKED_OUT, STOOD_IN = "knocked out", "knocked out, with a stand-in"
+SHUFFLED, MEAN_STATES = "states shuffled", "states replaced by their mean"
 FROZEN = "prefix frozen"
 PERMUTATIONS = 2_000
 FEWEST = 10  # prompts, below which no correlation is told

@@ -13,6 +13,7 @@ from cluster.watch.ablation_figure import ablation_figure
 from cluster.watch.curves import entropy_figure, flow_figure, sharpening
 from cluster.watch.report import Section, paragraph, picture, table, text
 from cluster.watch.series import Record
+from cluster.watch.tables import without_rows
 
 SHOWN = 5  # answers to a prompt
 
@@ -25,6 +26,9 @@ def sections_of(folder: Path, metrics: Sequence[Record]) -> list[Section]:
     found = []
     if metrics:
         found += [_entropy(folder, metrics), _flow(folder, metrics)]
+    summary = folder / "summary.json"
+    if summary.is_file() and (told := json.loads(summary.read_text()).get("stand_ins")):
+        found.insert(0, _away(told))
     if (folder / "ablation.json").is_file():
         found.insert(0, _ablation(folder))
     if (folder / "samples.json").is_file() and (samples := json.loads((folder / "samples.json").read_text())):
@@ -60,6 +64,16 @@ def _ablation(folder: Path) -> Section:
     where = f"step {found['step']}, {found['split']} prompts" if "step" in found else ""
     title = f"What the router needs: accuracy lost by intervention, points with 95 % intervals {where}".strip()
     return Section(title, shown + table(("", *map(escape, tasks)), rows) + said)
+
+
+def _away(told: Mapping[str, Any]) -> Section:
+    head = ("", *map(escape, told["whole"]))
+    rows = [(escape(label), *shares) for label, shares, _ in without_rows(told)]
+    said = (
+        "A stand-in is a state of a training prompt that the router sees in the place of an expert that is away, where "
+        "that does better than nothing in its place."
+    )
+    return Section("An expert is away: accuracy on validation prompts, %", table(head, rows) + paragraph(said))
 
 
 def _loss(loss: Mapping[str, Any]) -> str:

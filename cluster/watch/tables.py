@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -122,6 +123,33 @@ def print_results(
     if outcome.hindsight:
         console.print(Text(outcome.hindsight, style=DIM))
     return outcome
+
+
+def without_rows(found: Mapping[str, Any]) -> list[tuple[str, list[str], bool]]:
+    """What the router's accuracy becomes without each expert, with nothing in its place and with a stand-in.
+
+    found: as of `cluster.run.substitution.Found.as_data`.  Rows of a label, percentages, and whether it is so in use.
+    """
+    rows = [("router", _percent(found["whole"]), True)]
+    for expert, each in found["without"].items():
+        rows.append((f"without {expert}", _percent(each["hidden"]), not each["used"]))
+        if each["used"]:
+            rows.append((f"stand-in for {expert}", _percent(each["stood_in"]), True))
+    return rows
+
+
+def without_table(found: Mapping[str, Any]) -> Table:
+    """See `without_rows`."""
+    table = _table("An expert is away: validation accuracy, %")
+    for name in found["whole"]:
+        table.add_column(name, justify="right")
+    for place, (title, shares, used) in enumerate(without_rows(found)):
+        table.add_row(title, *shares, style=DIM if not used else "" if place else COLOURS[0])
+    return table
+
+
+def _percent(accuracies: Mapping[str, float]) -> list[str]:
+    return [f"{100 * value:.1f}" for value in accuracies.values()]
 
 
 def _cell(result: Result, column: str, best: float | None) -> Cell:

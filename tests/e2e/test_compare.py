@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from cluster.watch.ablation import STOOD_IN
+from experts.standins import STAND_INS
 from tests.e2e.conftest import Runs
 
 pytestmark = pytest.mark.e2e
@@ -19,12 +21,18 @@ def compare(runs: Runs, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_static_prefix_trains_and_is_compared_with_the_router(runs: Runs) -> None:
+    printed = {}
     for kind in ("perceiver", "static"):
         done = runs.train(f"run={kind}", f"router.kind={kind}", "steps=3")
         assert done.returncode == 0, done.stdout + done.stderr
+        printed[kind] = done.stdout
     static = runs.metrics("static")
     assert all(line["router/grad_norm"] > 0 for line in static)
     assert all(line["attention/digits/one"] == 0 for line in static)
+    told = runs.summary("perceiver")["stand_ins"]
+    assert set(told["without"]) == {"one", "two"} and set(told["whole"]) == {"digits", "mean"}
+    assert (runs.folder / "runs" / "perceiver" / STAND_INS).is_file() and "An expert is away" in printed["perceiver"]
+    assert "stand_ins" not in runs.summary("static"), "it listens to no expert"
     folders = [str(runs.folder / "runs" / kind) for kind in ("perceiver", "static")]
     said = compare(runs, *folders, "--out", str(runs.folder / "out"))
     assert said.returncode == 0, said.stderr
@@ -45,7 +53,9 @@ def test_a_run_is_ablated_and_measured_again(runs: Runs) -> None:
     after = runs.summary()["eval"]["router"]["tasks"]
     assert found["accuracy"] == after, "without an intervention it answers as it did"
     frozen = {(loss["what"], loss["expert"]) for loss in found["losses"]}
-    assert len(frozen) == 3 * 2 + 1 and (folder / "ablation.png").stat().st_size > 10_000
+    told = runs.summary()["stand_ins"]["without"]
+    used = {(STOOD_IN, name) for name, each in told.items() if each["used"]}
+    assert len(frozen) == 3 * 2 + 1 + len(used) and used <= frozen and (folder / "ablation.png").stat().st_size > 10_000
     again = runs.start([*command, "eval", str(folder), "--samples", "3"])
     assert again.returncode == 0 and "pass@2" in again.stdout, again.stderr
     line = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])

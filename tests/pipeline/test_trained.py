@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -14,6 +15,7 @@ from cluster.run import bundle
 from cluster.run.checkpoint import CheckpointError
 from cluster.run.folder import RunFolderError
 from cluster.run.trained import BUNDLE, TrainedError, check_belongs, open_trained, router_folder
+from experts.standins import STAND_INS
 from experts.state import RouterError, load_router
 from tests.pipeline.runs import SHAPE, made_up_run
 
@@ -43,6 +45,10 @@ def test_a_bundle_is_the_run_it_was_made_of(run: Path, tmp_path: Path) -> None:
     assert all(getattr(now.config, key) == getattr(was.config, key) for key in same)
     assert load_router(out, SHAPE, now.config.router).checksum == was.snapshot.checksum
     assert router_folder(str(out)) == out
+    assert list(was.absences) == ["one"] and np.array_equal(now.absences["one"], was.absences["one"])
+    assert open_trained(run, 2).stand_ins is None, "they were found for the last router"
+    bundle.export(run, out, step=2, overwrite=True)
+    assert not open_trained(out).absences and not (out / STAND_INS).exists()
     with pytest.raises(TrainedError, match="holds one router: leave out the step"):
         open_trained(out, 4)
 

@@ -18,6 +18,7 @@ from cluster.config import ConfigError
 from cluster.serve.local import Musketeers
 from cluster.serve.opening import ready
 from experts.loading import load_frozen
+from experts.standins import StandIns
 from experts.state import RouterError
 from rollout.answerer import PromptError, PromptTooLongError
 from rollout.continuous import Decoding
@@ -114,6 +115,29 @@ def test_an_absent_expert_is_hidden_and_without_any_there_is_no_prefix(musketeer
     assert opened.attention == pytest.approx(list(hidden.attention.values()))
     bare = policy.open(messages, [None, None], how)
     assert bare.prefix is None and not bare.gate and bare.hidden == ("one", "two") and not bare.attention.any()
+
+
+def test_a_stand_in_takes_an_absent_experts_place(bundle: Path, tmp_path: Path, musketeers: Musketeers) -> None:
+    copy, how = shutil.copytree(bundle, tmp_path / "copy"), Decoding(max_new_tokens=6)
+    opening = musketeers.opened
+    other = musketeers.experts[0].encode([opening.messages("what is 5 times 2?")])
+    StandIns(opening.trained.snapshot.checksum, {"one": other.features[0]}).write(copy)
+    with Musketeers(ready(copy)) as opened:
+        policy, messages = opened.policy, opening.messages("3 + 4")
+        one, two = (expert.encode([messages]) for expert in opened.experts)
+        stood_in = policy.open(messages, [None, two], how)
+        seen = policy.open(messages, [other, two], how)
+        assert torch.equal(stood_in.prefix, seen.prefix) and np.array_equal(stood_in.attention, seen.attention)
+        assert stood_in.hidden == ("one",), "what is missing is still told"
+        assert not torch.equal(stood_in.prefix, policy.open(messages, [one, two], how).prefix)
+        masked = policy.open(messages, [one, None], how)
+        assert masked.attention[1] == 0 and masked.hidden == ("two",), "there is none for this one"
+        assert policy.open(messages, [None, None], how).prefix is None, "with nobody there, nothing is made up"
+        (answer,) = opened.generate("3 + 4", hidden=["one"])
+        assert answer.hidden == ("one",) and list(answer.attention.values()) == pytest.approx(list(seen.attention))
+        assert answer.attention["one"] > 0
+        (several,) = opened.generate([messages], hidden=["two"])
+        assert several.attention["two"] == 0
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(musketeers: Musketeers) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cluster.watch.intervals import Accuracy, newcombe
 from cluster.watch.results import verdict
-from cluster.watch.tables import print_results, result_rows
+from cluster.watch.tables import print_results, result_rows, without_table
 from tests.watch.made_up import evaluation, result, with_outcomes
 
 
@@ -102,6 +102,18 @@ def test_the_best_of_each_column_is_marked_without_hindsight() -> None:
     assert [cell.best for cell in rows["router"]] == [True, False, True]
     assert [cell.best for cell in rows["experts/chain_sum"]] == [False, True, False]
     assert not any(cell.best for cell in rows["oracle_route"])
+
+
+def test_what_stands_in_for_an_expert_is_told_where_it_helps() -> None:
+    console = Console(record=True, width=100, file=io.StringIO())
+    shares = {"x": 0.2, "mean": 0.2}
+    one = {"hidden": shares, "stood_in": {"x": 0.875, "mean": 0.875}, "used": True}
+    two = {"hidden": {"x": 0.7, "mean": 0.7}, "stood_in": shares, "used": False}
+    console.print(without_table({"whole": {"x": 0.9, "mean": 0.9}, "without": {"one": one, "two": two}}))
+    rows = [line.split() for line in console.export_text().splitlines() if line.split()[-2:-1]]
+    assert ["router", "90.0", "90.0"] in rows and ["without", "one", "20.0", "20.0"] in rows
+    assert ["stand-in", "for", "one", "87.5", "87.5"] in rows and ["without", "two", "70.0", "70.0"] in rows
+    assert not any(row[:3] == ["stand-in", "for", "two"] for row in rows)
 
 
 def test_the_printed_results_hold_every_number() -> None:

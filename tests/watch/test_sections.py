@@ -66,11 +66,21 @@ SAMPLE = {
 }
 
 
+AWAY = {
+    "whole": {"digits": 0.9, "mean": 0.9},
+    "without": {
+        "a<b": {"hidden": {"digits": 0.2, "mean": 0.2}, "stood_in": {"digits": 0.85, "mean": 0.85}, "used": True},
+        "b": {"hidden": {"digits": 0.7, "mean": 0.7}, "stood_in": {"digits": 0.6, "mean": 0.6}, "used": False},
+    },
+}
+
+
 def page(folder: Path) -> str:
     """A run's report with everything in it."""
     metrics = lines(60, 1.0, 0.5)
     (folder / "samples.json").write_text(json.dumps([SAMPLE]))
     (folder / "ablation.json").write_text(json.dumps(ablated().as_data()))
+    (folder / "summary.json").write_text(json.dumps({"stand_ins": AWAY}))
     sections = sections_of(folder, metrics)
     write_report(
         folder / "report.html",
@@ -94,6 +104,7 @@ def test_a_run_s_page_has_ablation_curves_and_samples(tmp_path: Path) -> None:
     assert "attention: chain_sum 0.25, leg_counting 0.75" in html and "experts say chain_sum: &#x27;3&#x27;" in html
     assert "timeout" in html and "<td>6</td>" in html, "answers beyond the fifth are counted together"
     assert "Over the 80 prompts" in html and "rank correlation" in html
+    assert "stand-in for a&lt;b</td><td>85.0" in html and "stand-in for b" not in html
 
 
 def test_without_metrics_samples_or_ablation_nothing_is_made_up(tmp_path: Path) -> None:
