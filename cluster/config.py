@@ -32,8 +32,8 @@ class EvaluationConfig(BaseModel):
 
     prompts: held-out test prompts a task, before and after training.
     validation_prompts, every: validation prompts a task, every so many steps; 0 switches it off.
-    stand_ins: training prompts a task whose states are tried in the place of each expert's, after training and on
-        validation prompts, for when it is away; 0 looks for none.
+    stand_ins: training prompts whose states are tried in the place of each expert's, after training and on validation
+        prompts, for when it is away; 0 looks for none.
     router_examples: training prompts a task that the route-and-answer classifier learns from.
     cache: folder that keeps the frozen baselines' results, so that equal models on equal prompts are measured
         once; null measures them in every run.
@@ -44,7 +44,7 @@ class EvaluationConfig(BaseModel):
     prompts: int = Field(200, ge=1)
     validation_prompts: int = Field(50, ge=1)
     every: int = Field(0, ge=0)
-    stand_ins: int = Field(2, ge=0)
+    stand_ins: int = Field(8, ge=0)
     router_examples: int = Field(300, ge=1)
     batch: int = Field(100, ge=1)
     cache: str | None = "~/.cache/n-musketeers/baselines"

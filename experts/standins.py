@@ -36,7 +36,8 @@ class StandIns:
     def write(self, folder: Path) -> None:
         """Writes `stand_ins.safetensors`, whole or not at all."""
         partial = folder / f".{STAND_INS}.partial"
-        partial.write_bytes(save(dict(self.states), {"router": self.router}))
+        states = {name: np.ascontiguousarray(state) for name, state in self.states.items()}
+        partial.write_bytes(save(states, {"router": self.router}))
         partial.replace(folder / STAND_INS)
 
 

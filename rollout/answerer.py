@@ -36,7 +36,8 @@ class Opened:
     """What is known of an answer before its first token.
 
     tokens: of the prompt as the policy reads it, without the prefix's slots.
-    attention: (experts,) share of the router's attention, the mean over heads and slots; zeros where it has none.
+    attention: (experts,) share of the router's attention, the mean over heads and slots; zeros where it has none.  That
+        of an expert that had nothing to say is its stand-in's.
     gate: whether the policy got the prefix.
     hidden: names of experts that had nothing to say: the router saw a stand-in, or nothing in their place.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -57,3 +58,13 @@ class SleepyRouter(Perceiver):
             return super().forward(features, visible)
         time.sleep(3600)
         raise AssertionError("slept through")
+
+
+class SociableRouter(Perceiver):
+    """Wants every expert to be there."""
+
+    def forward(self, features: Sequence[Tensor], visible: Tensor, *pick: Any) -> RouterOutput:
+        """See `Perceiver`."""
+        if not visible.all():
+            raise ValueError("somebody is missing")
+        return super().forward(features, visible, *pick)

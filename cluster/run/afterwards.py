@@ -100,8 +100,10 @@ def ablate_run(asked: Asked, console: Console) -> None:
         prompts = evaluator.prompts(asked.split, asked.prompts or config.evaluation.prompts)
         router = saved.learner.snapshot
         stand_ins = read_stand_ins(asked.run, router.checksum)
-        if stand_ins is None and substitution.wanted(evaluator):
-            stand_ins = (await substitution.find(evaluator, started.fleet, router)).stand_ins(router.checksum)
+        if stand_ins is None and substitution.possible(evaluator):
+            candidates = config.evaluation.stand_ins or substitution.CANDIDATES
+            found = await substitution.find(evaluator, started.fleet, router, candidates)
+            stand_ins = found.stand_ins(router.checksum)
             if saved.step == checkpoint.steps(folder.checkpoints)[-1]:
                 stand_ins.write(folder.path)  # those of the router that is served
         instead = stand_ins.states if stand_ins else {}

@@ -156,16 +156,13 @@ class Records:
         wall_s: float,
         started: Started,
         samples: list[dict[str, Any]],
-        absent: Found | None,
         console: Console,
     ) -> None:
-        """Summary, figure, report, and the table people read."""
+        """Summary, and the table people read."""
         if self._board is not None:
             self._board.close()
         self.close()
         verdict = print_results(console, after, before=before, attention=attention_by_task(attention))
-        if absent is not None:
-            console.print(without_table(absent.as_data()))
         router, arrays = started.shape, _last_router(self.folder)
         new = [router.experts.index(name) for name in self.config.router.add_expert]
         self.folder.write_summary(
@@ -184,13 +181,21 @@ class Records:
                 "eval": summary_of(after),
                 "eval_before": {"router": summary_of(before)["router"]},
                 "verdict": verdict.summary(),
-                **({"stand_ins": absent.as_data()} if absent else {}),
                 "attention": attention,
                 "versions": versions(),
             }
         )
         if samples or (self.folder.path / "samples.json").is_file():
             (self.folder.path / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+
+    def stand_ins(self, found: Found, console: Console) -> None:
+        """Adds what stands in for experts to a finished run's summary."""
+        console.print(without_table(found.as_data()))
+        summary = json.loads(self.folder.summary.read_text())
+        self.folder.write_summary(summary | {"stand_ins": found.as_data()})
+
+    def report(self, console: Console) -> None:
+        """A finished run's page, with its figures."""
         report = report_run(self.folder.path)
         console.print(f"run folder: {self.folder.path}   report: {report}", highlight=False)
 

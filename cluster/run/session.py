@@ -177,10 +177,14 @@ class Session:
         monitor.phase = "measuring the trained router"
         after, attention = await again(lambda: self._after(evaluator, records, prompts, driver, before))
         frozen = await again(lambda: self._frozen(started))
-        absent = await again(lambda: self._absent(evaluator, fleet, driver))
         samples = await again(lambda: examples(self.config, fleet, self.stream, self.folder, driver.step))
         wall_s = time.perf_counter() - begun
-        records.finish(driver, frozen, before, after, attention, wall_s, started, samples, absent, self.console)
+        records.finish(driver, frozen, before, after, attention, wall_s, started, samples, self.console)
+        try:
+            monitor.phase = "looking for stand-ins"
+            await self._stand_ins(evaluator, fleet, driver, records)
+        finally:
+            records.report(self.console)
         return Outcome(0, False)
 
     async def _before(self, evaluator: Evaluator, records: Records, prompts: list[Any], router: Any) -> Evaluation:
@@ -207,16 +211,29 @@ class Session:
         records.evaluation(driver.step, "after", prompts, after, attention)
         return after, attention
 
-    async def _absent(self, evaluator: Evaluator, fleet: Fleet, driver: Driver) -> Found | None:
-        """Stand-ins for experts that may be away later, in the run's folder."""
-        if not substitution.wanted(evaluator):
-            return None
-        with self.console.status("looking for what stands in for an expert that is away"):
+    async def _stand_ins(self, evaluator: Evaluator, fleet: Fleet, driver: Driver, records: Records) -> None:
+        """What is shown in the place of experts that may be away later, in the run's folder.
+
+        The run is whole without it: what goes wrong is told, and no more.
+        """
+        candidates = self.config.evaluation.stand_ins
+        if not candidates or not substitution.possible(evaluator):
+            return
+
+        async def search() -> tuple[Found, str]:
             router = driver.learning.router
             snapshot = await fleet.get(router, "the router")
-            found = await substitution.find(evaluator, fleet, router)
-        found.stand_ins(snapshot.checksum).write(self.folder.path)
-        return found
+            return await substitution.find(evaluator, fleet, router, candidates), snapshot.checksum
+
+        try:
+            with self.console.status("looking for what stands in for an expert that is away"):
+                found, checksum = await driver.learning.again(search)
+        except Exception as error:  # noqa: BLE001 - a router of one's own may refuse to be without an expert
+            said = str(error) or type(error).__name__
+            self.console.print(f"no stand-ins for experts that are away: {said}; they can be looked for again: ablate")
+            return
+        found.stand_ins(checksum).write(self.folder.path)
+        records.stand_ins(found, self.console)
 
     async def _frozen(self, started: Started) -> list[dict[str, Any]]:
         """Proof that no frozen weight changed: every copy's hash before and after."""

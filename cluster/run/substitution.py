@@ -2,8 +2,8 @@
 
 A prompt that needs the expert is lost without it, whatever stands there; the others are answered as before when the
 router takes the stand-in for an expert that has nothing to say.  Which states do that is a question to the router: each
-candidate answers validation prompts, by successive halving (arXiv 1502.07943), so that twice the candidates cost
-little more.
+candidate answers validation prompts, by successive halving (arXiv 1502.07943): every round asks half of the candidates
+about twice the prompts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import numpy as np
 
 from cluster.run.evaluate import Evaluator
 from cluster.run.fleet import Fleet, Reference
+from cluster.watch.intervals import paired_bootstrap
 from cluster.watch.results import Result
 from experts.expert import whole
 from experts.router import router_class
 from experts.standins import StandIns
+from rollout.types import Prompt
 
-FEWEST = 8  # validation prompts a task, in the first round
+ENOUGH = 150  # validation prompts of all tasks together, so that the search costs as much for many tasks as for few
+CANDIDATES = 8
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Without:
 
     @property
     def helps(self) -> bool:
-        """Whether the stand-in is worth having."""
-        return self.stood_in["mean"] > self.hidden["mean"]
+        """Whether the stand-in is worth having: the best of several is better than nothing by luck alone."""
+        ours, others = (list(result["outcomes"].values()) for result in (self.stood_in, self.hidden))
+        return paired_bootstrap(ours, others).low > 0
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,26 @@ class Found:
         }
 
 
-def wanted(evaluator: Evaluator) -> bool:
-    """Whether stand-ins are asked for, and can be: the router reads states, and of more than one expert."""
-    config = evaluator.config
-    reads = getattr(router_class(config.router.kind), "asks", "states") == "states"
-    return bool(config.evaluation.stand_ins) and reads and len(evaluator.experts) > 1
+def possible(evaluator: Evaluator) -> bool:
+    """Whether there can be any: the router reads the states of these prompts, and of more than one expert, and every
+    task has validation prompts."""
+    router = evaluator.config.router
+    reads = getattr(router_class(router.kind), "asks", "states") == "states" and router.states == "own"
+    judged = len(evaluator.prompts("validation", 1)) == len(evaluator.tasks)
+    return reads and judged and len(evaluator.experts) > 1
 
 
-async def find(evaluator: Evaluator, fleet: Fleet, router: Reference) -> Found:
-    """The best stand-in for every expert; see `wanted`."""
-    config = evaluator.config.evaluation
-    examples = evaluator.prompts("train", config.stand_ins)
-    stages = fleet.encode(examples)
+async def find(evaluator: Evaluator, fleet: Fleet, router: Reference, candidates: int = CANDIDATES) -> Found:
+    """The best stand-in for every expert, where there can be any.
+
+    candidates: training prompts whose states are tried.
+    """
+    examples = spread(evaluator, candidates)
+    # They are no part of training, and in this company their last digits may be others.
+    stages = fleet.states(examples, keep=False)
     asked = [stage.reference for stage in stages]
     states = whole(await fleet.get_all(asked, "states for stand-ins", stages=stages))
-    most = config.validation_prompts
+    most = min(evaluator.config.evaluation.validation_prompts, max(1, ENOUGH // len(evaluator.tasks)))
     everything = await _answered(evaluator, fleet, router, most)
     without = {}
     for place, (name, mine) in enumerate(zip(evaluator.experts, states, strict=True)):
@@ -93,13 +102,25 @@ async def find(evaluator: Evaluator, fleet: Fleet, router: Reference) -> Found:
     return Found(everything, without)
 
 
+def spread(evaluator: Evaluator, count: int) -> list[Prompt]:
+    """So many training prompts, from as many tasks as there may be, in turn."""
+    names = list(evaluator.tasks)
+    chosen = names if len(names) <= count else [names[i * len(names) // count] for i in range(count)]
+    by_task: dict[str, list[Prompt]] = {name: [] for name in chosen}
+    for prompt in evaluator.prompts("train", -(-count // len(chosen))):
+        if prompt.task in by_task:
+            by_task[prompt.task].append(prompt)
+    depth = max(map(len, by_task.values()))
+    return [mine[row] for row in range(depth) for mine in by_task.values() if row < len(mine)][:count]
+
+
 async def _best(
     evaluator: Evaluator, fleet: Fleet, router: Reference, place: int, candidates: Sequence[np.ndarray], most: int
 ) -> tuple[int, Result]:
     """The candidate that does best in an expert's place, and how well, on all validation prompts."""
-    left, rounds = list(range(len(candidates))), halvings(len(candidates))
-    for later in reversed(range(rounds)):
-        prompts = min(most, max(FEWEST, most >> later))
+    left = list(range(len(candidates)))
+    for later in reversed(range(halvings(len(candidates)))):
+        prompts = max(1, most >> later)
         results = {
             each: await _answered(evaluator, fleet, router, prompts, stand_ins={place: candidates[each]})
             for each in left

@@ -29,7 +29,8 @@ class Answer:
     text: the first of `texts`, of which there is one a sample.
     finish: `stop` or `length`.
     tokens: sampled for the first, the end token included.
-    attention: share of the router's attention by expert, the mean over heads and slots.
+    attention: share of the router's attention by expert, the mean over heads and slots; of one that was left out, its
+        stand-in's.
     gate: whether the policy got the router's prefix.
     hidden: experts that were left out.
     """

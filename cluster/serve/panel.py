@@ -39,8 +39,8 @@ class _Member:
 
 @dataclass
 class Panel:
-    """The experts behind Serve.  An expert that fails is hidden from the router, at once for all later requests too,
-    until it answers again.
+    """The experts behind Serve.  An expert that fails counts as missing, at once for all later requests too, until it
+    answers again.
 
     handles: by name, in the router's order.
     timeout_s: of one expert, for one prompt.

@@ -29,7 +29,7 @@ Messages = Sequence[Message]
 
 @dataclass(frozen=True)
 class Opening:
-    """What a client learns of an answer beside its text.  attention: by expert; hidden: experts that were not seen."""
+    """What a client learns of an answer beside its text.  attention: by expert; hidden: experts that were missing."""
 
     prompt_tokens: int
     slots: int

@@ -10,7 +10,7 @@ import pytest
 from experts.standins import STAND_INS, StandIns, read_stand_ins
 from experts.state import RouterError
 
-STATES = {"one": np.arange(6, dtype=np.float32).reshape(2, 3), "two": np.ones((1, 5), np.float32)}
+STATES = {"one": np.arange(6, dtype=np.float32).reshape(2, 3), "two": np.arange(10, dtype=np.float32)[None, ::2]}
 
 
 @pytest.mark.parametrize("states", [STATES, {}])

@@ -19,38 +19,40 @@ from experts.expert import Encoded
 from rollout.types import Prompt
 
 EXPERTS = ("one", "two")
-VALIDATION = 40
-
-
-def prompts(split: str, count: int) -> list[Prompt]:
-    """Of two tasks."""
-    return [
-        Prompt(ordinal=i, task=task, messages=(), answer=f"{split}{i}") for task in ("x", "y") for i in range(count)
-    ]
+TASKS = ("x", "y")
 
 
 @dataclass
 class Evaluator:
-    """Answers validation prompts right in as many cases as the value of a stand-in's state says.
+    """Answers as many validation prompts right as the value of a stand-in's state says, if it is in its own place.
 
-    hidden: the same of an expert with nothing in its place.
+    hidden: that share, of the expert in a place with nothing there.  without: tasks that have no validation prompts.
     """
 
-    hidden: float = 0.25
-    stand_ins: int = 3
+    hidden: Sequence[float] = (0.2, 0.2)
+    names: Sequence[str] = TASKS
+    validation: int = 40
     kind: str = "perceiver"
+    states: str = "own"
     experts: Sequence[str] = EXPERTS
+    without: Sequence[str] = ()
     asked: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> dict[str, None]:
+        """By name."""
+        return dict.fromkeys(self.names)
 
     @property
     def config(self) -> Any:
         """What the search reads of it."""
-        evaluation = SimpleNamespace(stand_ins=self.stand_ins, validation_prompts=VALIDATION)
-        return SimpleNamespace(evaluation=evaluation, router=SimpleNamespace(kind=self.kind))
+        evaluation = SimpleNamespace(validation_prompts=self.validation)
+        return SimpleNamespace(evaluation=evaluation, router=SimpleNamespace(kind=self.kind, states=self.states))
 
     def prompts(self, split: str, count: int) -> list[Prompt]:
         """As the real one."""
-        return prompts(split, count)
+        tasks = [task for task in self.names if split != "validation" or task not in self.without]
+        return [Prompt(ordinal=i, task=t, messages=(), answer=f"{split} {i}") for t in tasks for i in range(count)]
 
     async def answered(
         self,
@@ -60,71 +62,92 @@ class Evaluator:
         hidden: Sequence[int] = (),
         stand_ins: Mapping[int, np.ndarray] | None = None,
     ) -> Any:
-        """Right for as many prompts as the share says."""
-        (share,) = [float(state[0, 0]) for state in stand_ins.values()] if stand_ins else (None,)
-        share = self.hidden if hidden else 1.0 if share is None else share
-        self.asked.append((len(chosen), "hidden" if hidden else "stand-in" if stand_ins else "whole"))
-        half = len(chosen) // 2
-        return SimpleNamespace(outcomes=[int(place % half < round(share * half)) for place in range(len(chosen))])
+        """Right for as many prompts of each task as the share says."""
+        assert all(prompt.answer.startswith("validation") for prompt in chosen), "nothing is chosen on other prompts"
+        share, what = 1.0, "whole"
+        for place in hidden:
+            share, what = self.hidden[place], "hidden"
+        for place, state in (stand_ins or {}).items():
+            share, what = float(state[0, 0]) if state[0, 1] == place else 0.0, "stand-in"
+        self.asked.append((len(chosen), what))
+        each = len(chosen) // len(self.names)
+        return SimpleNamespace(outcomes=[int(prompt.ordinal < round(share * each)) for prompt in chosen])
 
     def result(self, chosen: Sequence[Prompt], outcomes: Sequence[int]) -> Any:
         """As the real one."""
-        mean = float(np.mean(outcomes))
-        return {"tasks": {"x": mean, "y": mean}, "mean": mean}
+        by_task: dict[str, list[int]] = {}
+        for prompt, outcome in zip(chosen, outcomes, strict=True):
+            by_task.setdefault(prompt.task, []).append(outcome)
+        tasks = {task: float(np.mean(mine)) for task, mine in by_task.items()}
+        return {"tasks": tasks, "mean": float(np.mean(list(tasks.values()))), "outcomes": by_task}
 
 
 def fleet(values: Mapping[str, Sequence[float]]) -> Any:
     """Experts whose state of the training prompt in a place has this value."""
 
-    def encode(asked: Sequence[Prompt]) -> list[Stage]:
-        def part(name: str) -> Encoded:
-            states = tuple(np.full((1, 2), value, np.float32) for value in values[name])
-            assert len(states) == len(asked)
-            return Encoded(name, ("",) * len(asked), states, 0, 0, 0.0, tuple(range(len(asked))))
+    def states(asked: Sequence[Prompt], keep: bool) -> list[Stage]:
+        assert not keep and all(prompt.answer.startswith("train") for prompt in asked)
 
-        return [Stage.of(Inline(name, None), part(name)) for name in EXPERTS]
+        def part(place: int, name: str) -> Encoded:
+            made = tuple(np.array([[value, place]], np.float32) for value in values[name])
+            assert len(made) == len(asked)
+            return Encoded(name, ("",) * len(asked), made, 0, 0, 0.0, tuple(range(len(asked))))
+
+        return [Stage.of(Inline(name, None), part(place, name)) for place, name in enumerate(EXPERTS)]
 
     async def get_all(references: Sequence[Any], what: str, stages: Sequence[Stage]) -> list[Any]:
         return list(references)
 
-    return SimpleNamespace(encode=encode, get_all=get_all)
+    return SimpleNamespace(states=states, encode=None, get_all=get_all)
 
 
-def test_the_best_state_stands_in_and_one_that_does_no_better_than_nothing_does_not() -> None:
-    evaluator = Evaluator(hidden=0.5)
-    values = {"one": (0.1, 0.2, 0.3, 0.9, 0.4, 0.0), "two": (0.1, 0.5, 0.2, 0.3, 0.0, 0.4)}
-    found = asyncio.run(substitution.find(evaluator, fleet(values), None))
-    assert (found.without["one"].task, found.without["two"].task) == ("y", "x")
+def test_the_best_state_stands_in_and_one_that_may_be_better_by_luck_does_not() -> None:
+    evaluator = Evaluator(hidden=(0.1, 0.5))
+    values = {"one": (0.1, 0.2, 0.3, 0.9, 0.4, 0.0), "two": (0.1, 0.2, 0.55, 0.3, 0.0, 0.4)}
+    found = asyncio.run(substitution.find(evaluator, fleet(values), None, 6))  # type: ignore[arg-type]
+    assert (found.without["one"].task, found.without["two"].task) == ("y", "x"), "tasks take turns"
     assert found.without["one"].stood_in["mean"] == pytest.approx(0.9)
+    assert found.without["two"].stood_in["mean"] == pytest.approx(0.55)
     kept = found.stand_ins("sum")
-    assert kept.router == "sum" and list(kept.states) == ["one"], "the router bears the absence of `two` as well itself"
+    assert kept.router == "sum" and list(kept.states) == ["one"], "two right answers more may be luck"
     assert kept.states["one"][0, 0] == np.float32(0.9)
     told = found.as_data()
     assert told["whole"]["mean"] == 1.0 and not told["without"]["two"]["used"]
-    assert told["without"]["one"]["hidden"] == {"x": 0.5, "y": 0.5, "mean": 0.5}
+    assert told["without"]["one"]["hidden"] == {"x": 0.1, "y": 0.1, "mean": pytest.approx(0.1)}
+    assert told["without"]["two"]["hidden"]["mean"] == 0.5
 
 
-@given(st.integers(1, 12), st.randoms(use_true_random=False))
-def test_the_search_always_ends_at_the_best_and_asks_each_about_all_prompts_at_most_once(
-    per_task: int, rng: Any
-) -> None:
-    shares = [round(rng.choice(range(VALIDATION + 1)) / VALIDATION, 3) for _ in range(2 * per_task)]
+@given(st.integers(1, 24), st.integers(1, 40), st.integers(1, 60), st.randoms(use_true_random=False))
+def test_the_search_ends_at_the_best_within_its_budget(candidates: int, tasks: int, validation: int, rng: Any) -> None:
     # Shares that hold in any number of prompts: all or nothing.
-    shares = [float(share > 0.8) for share in shares]
-    evaluator = Evaluator(stand_ins=per_task)
-    found = asyncio.run(substitution.find(evaluator, fleet({"one": shares, "two": shares}), None))
-    assert found.without["one"].stood_in["mean"] == max(shares)
-    on_all = [what for count, what in evaluator.asked if count == 2 * VALIDATION and what == "stand-in"]
-    assert len(on_all) == 2 * min(2, 2 * per_task), "the last two of each expert"
+    shares = [float(rng.random() > 0.8) for _ in range(candidates)]
+    evaluator = Evaluator(names=[f"task {i}" for i in range(tasks)], validation=validation)
+    values = {"one": shares, "two": shares}
+    found = asyncio.run(substitution.find(evaluator, fleet(values), None, candidates))  # type: ignore[arg-type]
+    assert found.without["one"].stood_in["mean"] == found.without["two"].stood_in["mean"] == max(shares)
     asked = sum(count for count, what in evaluator.asked if what == "stand-in") / 2
-    rounds = substitution.halvings(2 * per_task)
-    most = 2 * VALIDATION * (1 + rounds) + 2 * substitution.FEWEST * 4 * per_task
-    assert asked <= most, "the work grows with the logarithm of the candidates"
+    one_each = tasks * 2 * candidates  # every candidate is asked about a prompt of every task at least
+    assert asked <= max(substitution.ENOUGH, tasks) * (2 + substitution.halvings(candidates)) + one_each
+
+
+@pytest.mark.parametrize(("tasks", "count", "expected"), [
+    (2, 5, "a0 b0 a1 b1 a2"), (3, 3, "a0 b0 c0"), (4, 2, "a0 c0"), (1, 2, "a0 a1"),
+])  # fmt: skip
+def test_candidates_come_from_as_many_tasks_as_can_be(tasks: int, count: int, expected: str) -> None:
+    found = substitution.spread(Evaluator(names="abcd"[:tasks]), count)  # type: ignore[arg-type]
+    assert " ".join(f"{prompt.task}{prompt.ordinal}" for prompt in found) == expected
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [({}, True), ({"stand_ins": 0}, False), ({"kind": "static"}, False), ({"experts": ("one",)}, False)],
+    ("changes", "possible"),
+    [
+        ({}, True),
+        ({"kind": "static"}, False),
+        ({"kind": "text"}, False),
+        ({"experts": ("one",)}, False),
+        ({"states": "shuffled"}, False),
+        ({"without": ("y",)}, False),
+    ],
 )
-def test_nothing_is_looked_for_where_nothing_could_stand_in(changes: dict[str, Any], wanted: bool) -> None:
-    assert substitution.wanted(Evaluator(**changes)) is wanted  # type: ignore[arg-type]
+def test_nothing_is_looked_for_where_nothing_could_stand_in(changes: dict[str, Any], possible: bool) -> None:
+    assert substitution.possible(Evaluator(**changes)) is possible  # type: ignore[arg-type]
