@@ -8,7 +8,7 @@ prompt's states do best is found by trying some on validation prompts (`cluster.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +22,19 @@ STAND_INS = "stand_ins.safetensors"
 States = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class StandIns:
-    """What was found for one router.
+def write_stand_ins(folder: Path, router: str, states: States) -> None:
+    """Writes `stand_ins.safetensors`, whole or not at all.
 
-    router: its checksum.
-    states: (tokens, width) float32 by expert; those whose absence the router bears better by itself are not in it.
+    router: the checksum of the one that they were found for.
+    states: (tokens, width) float32 by expert.
     """
-
-    router: str
-    states: States = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Writes `stand_ins.safetensors`, whole or not at all."""
-        partial = folder / f".{STAND_INS}.partial"
-        states = {name: np.ascontiguousarray(state) for name, state in self.states.items()}
-        partial.write_bytes(save(states, {"router": self.router}))
-        partial.replace(folder / STAND_INS)
+    partial = folder / f".{STAND_INS}.partial"
+    contiguous = {name: np.ascontiguousarray(state) for name, state in states.items()}
+    partial.write_bytes(save(contiguous, {"router": router}))
+    partial.replace(folder / STAND_INS)
 
 
-def read_stand_ins(folder: Path, router: str) -> StandIns | None:
+def read_stand_ins(folder: Path, router: str) -> States | None:
     """Those that were found for a router; None where none were looked for, or for another router.
 
     Raises:
@@ -56,7 +49,7 @@ def read_stand_ins(folder: Path, router: str) -> StandIns | None:
             states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:
         raise RouterError(f"{path} is damaged ({error}): copy it again, or delete it") from error
-    return StandIns(router, states) if found == router else None
+    return states if found == router else None
 
 
 def stood_in(encoded: Encoded, state: np.ndarray) -> Encoded:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.config import RunConfig
+from cluster.config import EvaluationConfig, RunConfig
 from cluster.run import checkpoint, groups, substitution
 from cluster.run.ablation import Intervention
 from cluster.run.asked import asked_by
@@ -27,7 +27,7 @@ from cluster.watch.tables import print_results
 from cluster.zoo import paths
 from experts.expert import whole
 from experts.router import router_class
-from experts.standins import read_stand_ins
+from experts.standins import read_stand_ins, write_stand_ins
 from learner.batch import global_denominators
 from rewards.sources import Task, build_tasks
 from rewards.stream import PromptStream
@@ -101,13 +101,11 @@ def ablate_run(asked: Asked, console: Console) -> None:
         router = saved.learner.snapshot
         stand_ins = read_stand_ins(asked.run, router.checksum)
         if stand_ins is None and substitution.possible(evaluator):
-            candidates = config.evaluation.stand_ins or substitution.CANDIDATES
-            found = await substitution.find(evaluator, started.fleet, router, candidates)
-            stand_ins = found.stand_ins(router.checksum)
-            if saved.step == checkpoint.steps(folder.checkpoints)[-1]:
-                stand_ins.write(folder.path)  # those of the router that is served
-        instead = stand_ins.states if stand_ins else {}
-        return await Intervention(evaluator, started.fleet, prompts, router, instead).measured()
+            candidates = config.evaluation.stand_ins or EvaluationConfig().stand_ins
+            stand_ins = (await substitution.find(evaluator, started.fleet, router, candidates)).stand_ins
+            if saved.step == checkpoint.steps(folder.checkpoints)[-1]:  # the router that is served
+                write_stand_ins(folder.path, router.checksum, stand_ins)
+        return await Intervention(evaluator, started.fleet, prompts, router, stand_ins or {}).measured()
 
     try:
         with console.status("answering under every intervention"):

@@ -17,7 +17,7 @@ from cluster.run.reporting import versions
 from cluster.run.trained import BUNDLE, CARD, RECIPE, RESULTS, Trained, open_trained
 from cluster.watch import logs
 from cluster.watch.results import Result, interval
-from experts.standins import STAND_INS
+from experts.standins import STAND_INS, write_stand_ins
 from experts.state import ROUTER_FILES, write_router
 
 # Of the machine and the cluster that trained, and nobody else's business.
@@ -49,7 +49,7 @@ def export(run: Path, out: Path, step: int | None = None, overwrite: bool = Fals
         meta = {**trained.meta, "config": trained.config.router.model_dump(mode="json")}
         (out / STAND_INS).unlink(missing_ok=True)
         if trained.stand_ins:
-            trained.stand_ins.write(out)
+            write_stand_ins(out, trained.snapshot.checksum, trained.stand_ins)
         write_router(out, trained.snapshot.arrays, meta)
     except OSError as error:
         raise BundleError(f"{error.filename or out} cannot be written: {error.strerror}") from error

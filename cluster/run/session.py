@@ -39,6 +39,7 @@ from cluster.watch.message import JobMessage, own_job
 from cluster.watch.statusfile import STARTING, StatusFile
 from cluster.watch.telemetry import Telemetry
 from cluster.watch.wandb_run import WandbRun
+from experts.standins import write_stand_ins
 from rewards.sources import Task
 from rewards.stream import PromptStream
 
@@ -229,10 +230,12 @@ class Session:
             with self.console.status("looking for what stands in for an expert that is away"):
                 found, checksum = await driver.learning.again(search)
         except Exception as error:  # noqa: BLE001 - a router of one's own may refuse to be without an expert
-            said = str(error) or type(error).__name__
-            self.console.print(f"no stand-ins for experts that are away: {said}; they can be looked for again: ablate")
+            self.console.print(
+                f"no stand-ins for experts that are away: {type(error).__name__}: {error}", style="yellow"
+            )
+            self.console.print(f"`musketeers ablate {self.folder.path}` looks for them again", highlight=False)
             return
-        found.stand_ins(checksum).write(self.folder.path)
+        write_stand_ins(self.folder.path, checksum, found.stand_ins)
         records.stand_ins(found, self.console)
 
     async def _frozen(self, started: Started) -> list[dict[str, Any]]:

@@ -20,11 +20,10 @@ from cluster.watch.intervals import paired_bootstrap
 from cluster.watch.results import Result
 from experts.expert import whole
 from experts.router import router_class
-from experts.standins import StandIns
+from experts.standins import States
 from rollout.types import Prompt
 
 ENOUGH = 150  # validation prompts of all tasks together, so that the search costs as much for many tasks as for few
-CANDIDATES = 8
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,10 @@ class Found:
     whole: Result
     without: Mapping[str, Without]
 
-    def stand_ins(self, checksum: str) -> StandIns:
-        """Those that are worth having.  checksum: of the router."""
-        return StandIns(checksum, {name: each.state for name, each in self.without.items() if each.helps})
+    @property
+    def stand_ins(self) -> States:
+        """Those that are worth having."""
+        return {name: each.state for name, each in self.without.items() if each.helps}
 
     def as_data(self) -> dict[str, Any]:
         """As plain data, for `summary.json`: accuracies by task on validation prompts."""
@@ -82,7 +82,7 @@ def possible(evaluator: Evaluator) -> bool:
     return reads and judged and len(evaluator.experts) > 1
 
 
-async def find(evaluator: Evaluator, fleet: Fleet, router: Reference, candidates: int = CANDIDATES) -> Found:
+async def find(evaluator: Evaluator, fleet: Fleet, router: Reference, candidates: int) -> Found:
     """The best stand-in for every expert, where there can be any.
 
     candidates: training prompts whose states are tried.

@@ -12,7 +12,7 @@ import yaml
 from cluster.config import ConfigError, RunConfig, parse
 from cluster.run import checkpoint, hub
 from cluster.run.folder import RunFolder
-from experts.standins import STAND_INS, StandIns, States, read_stand_ins
+from experts.standins import STAND_INS, States, read_stand_ins
 from experts.state import ROUTER_FILES, RouterShape, RouterSnapshot, read_router, refuse_others
 
 RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
@@ -33,7 +33,7 @@ class Trained:
         may long be gone and counts for nothing afterwards.
     meta: `router.json`: the experts with widths, layers and fingerprints, and the policy.
     step: how many updates it had; None in a bundle that does not say.
-    stand_ins: for experts that are away; None where none were looked for.
+    stand_ins: by expert, for when it is away; empty where none were looked for, or none helped.
     """
 
     place: Path
@@ -42,12 +42,7 @@ class Trained:
     snapshot: RouterSnapshot
     meta: dict[str, Any]
     step: int | None
-    stand_ins: StandIns | None = None
-
-    @property
-    def absences(self) -> States:
-        """The stand-ins' states by expert; empty where there are none."""
-        return self.stand_ins.states if self.stand_ins else {}
+    stand_ins: States
 
 
 def open_trained(place: str | Path, step: int | None = None) -> Trained:
@@ -111,7 +106,7 @@ def _of_run(path: Path, step: int | None) -> Trained:
     config = run.saved_config()
     saved = checkpoint.read(run.checkpoints, step)
     snapshot, meta = read_router(checkpoint.place(run.checkpoints, saved.step))
-    found = read_stand_ins(path, snapshot.checksum)
+    found = read_stand_ins(path, snapshot.checksum) or {}
     return Trained(path, config.run, _without_start(config), snapshot, meta, saved.step, found)
 
 
@@ -124,7 +119,7 @@ def _of_bundle(path: Path) -> Trained:
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         raise TrainedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     config = parse(values, str(recipe))
-    found = read_stand_ins(path, snapshot.checksum)
+    found = read_stand_ins(path, snapshot.checksum) or {}
     return Trained(path, config.run, _without_start(config), snapshot, meta, step, found)
 
 

@@ -71,7 +71,7 @@ class Musketeers:
                 self.experts.append(expert)
             policy, path, router, _, _, threads = rollout_recipes(config)[0].args
             trained = opened.trained
-            self.policy = Answerer(policy, path, router, opened.shape, trained.snapshot, threads, trained.absences)
+            self.policy = Answerer(policy, path, router, opened.shape, trained.snapshot, threads, trained.stand_ins)
             built.callback(self.policy.close)
             refuse_other("the policy", self.policy.policy.fingerprint(), opened.shape.policy_fingerprint)
             self._built = built.pop_all()

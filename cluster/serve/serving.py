@@ -216,7 +216,7 @@ def application(opened: Ready, options: Options, key: str | None) -> Any:
         created=int(time.time()),
     )
     bound = answering.bind(
-        policy, path, router, opened.shape, opened.trained.snapshot, threads, opened.trained.absences
+        policy, path, router, opened.shape, opened.trained.snapshot, threads, opened.trained.stand_ins
     )
     return ingress(digest(key)).options(ray_actor_options={"num_cpus": 0}).bind(facts, bound, experts)
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.run.trained import open_trained
 from cluster.watch.ablation import STOOD_IN
-from experts.standins import STAND_INS, StandIns, read_stand_ins
+from experts.standins import STAND_INS, read_stand_ins, write_stand_ins
 from tests.e2e.conftest import Runs
 
 pytestmark = pytest.mark.e2e
@@ -51,7 +51,7 @@ def test_a_run_is_ablated_and_measured_again(runs: Runs) -> None:
     command = [sys.executable, "-m", "cluster.cli"]
     router = open_trained(folder).snapshot.checksum
     # A random policy's experts are hardly missed: what was found, or not, is not what this is about.
-    StandIns(router, {"two": np.ones((1, 32), np.float32)}).write(folder)
+    write_stand_ins(folder, router, {"two": np.ones((1, 32), np.float32)})
     said = runs.start([*command, "ablate", str(folder)])
     assert said.returncode == 0, said.stderr
     found = json.loads((folder / "ablation.json").read_text())

@@ -12,7 +12,7 @@ from cluster.config import parse
 from cluster.run import checkpoint
 from cluster.watch import logs
 from experts.router import Perceiver
-from experts.standins import StandIns
+from experts.standins import write_stand_ins
 from experts.state import RouterShape, RouterSnapshot, take_arrays
 from learner.engine import OptimizerState
 from learner.learner import LearnerState
@@ -57,5 +57,5 @@ def made_up_run(root: Path, steps: tuple[int, ...] = (2, 4), finished: bool = Tr
         systems = {"router": result, "frozen_policy": worse, "experts/one": worse}
         lines.append({"step": steps[-1], "kind": "after", "systems": systems, "attention": {}})
         (folder / "summary.json").write_text(json.dumps({"versions": {"torch": "1.2.3"}}))
-        StandIns(snapshot.checksum, {"one": np.ones((1, SHAPE.widths[0]), np.float32)}).write(folder)
+        write_stand_ins(folder, snapshot.checksum, {"one": np.ones((1, SHAPE.widths[0]), np.float32)})
     return folder

@@ -45,10 +45,10 @@ def test_a_bundle_is_the_run_it_was_made_of(run: Path, tmp_path: Path) -> None:
     assert all(getattr(now.config, key) == getattr(was.config, key) for key in same)
     assert load_router(out, SHAPE, now.config.router).checksum == was.snapshot.checksum
     assert router_folder(str(out)) == out
-    assert list(was.absences) == ["one"] and np.array_equal(now.absences["one"], was.absences["one"])
-    assert open_trained(run, 2).stand_ins is None, "they were found for the last router"
+    assert list(was.stand_ins) == ["one"] and np.array_equal(now.stand_ins["one"], was.stand_ins["one"])
+    assert not open_trained(run, 2).stand_ins, "they were found for the last router"
     bundle.export(run, out, step=2, overwrite=True)
-    assert not open_trained(out).absences and not (out / STAND_INS).exists()
+    assert not open_trained(out).stand_ins and not (out / STAND_INS).exists()
     with pytest.raises(TrainedError, match="holds one router: leave out the step"):
         open_trained(out, 4)
 

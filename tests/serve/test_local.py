@@ -18,7 +18,7 @@ from cluster.config import ConfigError
 from cluster.serve.local import Musketeers
 from cluster.serve.opening import ready
 from experts.loading import load_frozen
-from experts.standins import StandIns
+from experts.standins import write_stand_ins
 from experts.state import RouterError
 from rollout.answerer import PromptError, PromptTooLongError
 from rollout.continuous import Decoding
@@ -121,7 +121,7 @@ def test_a_stand_in_takes_an_absent_experts_place(bundle: Path, tmp_path: Path, 
     copy, how = shutil.copytree(bundle, tmp_path / "copy"), Decoding(max_new_tokens=6)
     opening = musketeers.opened
     other = musketeers.experts[0].encode([opening.messages("what is 5 times 2?")])
-    StandIns(opening.trained.snapshot.checksum, {"one": other.features[0]}).write(copy)
+    write_stand_ins(copy, opening.trained.snapshot.checksum, {"one": other.features[0]})
     with Musketeers(ready(copy)) as opened:
         policy, messages = opened.policy, opening.messages("3 + 4")
         one, two = (expert.encode([messages]) for expert in opened.experts)

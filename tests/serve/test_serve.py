@@ -27,7 +27,7 @@ from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator
 from cluster.run.trained import open_trained
 from cluster.serve.local import Musketeers
-from experts.standins import StandIns
+from experts.standins import write_stand_ins
 from rollout.types import Rollout
 from tests.e2e.conftest import ROOT, Runs
 from tests.e2e.conftest import models as models
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     done = runs.train(tasks, "steps=2", f"evaluation.prompts={PROMPTS}", "run=tiny", prefix, "rewards.binary_at=1.0")
     assert done.returncode == 0, done.stderr
     folder = runs.folder / "runs" / "tiny"
-    StandIns(open_trained(folder).snapshot.checksum, {"one": np.ones((1, 24), np.float32)}).write(folder)
+    write_stand_ins(folder, open_trained(folder).snapshot.checksum, {"one": np.ones((1, 24), np.float32)})
     return folder
 
 
