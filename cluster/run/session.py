@@ -230,10 +230,9 @@ class Session:
             with self.console.status("looking for what stands in for an expert that is away"):
                 found, checksum = await driver.learning.again(search)
         except Exception as error:  # noqa: BLE001 - a router of one's own may refuse to be without an expert
-            self.console.print(
-                f"no stand-ins for experts that are away: {type(error).__name__}: {error}", style="yellow"
-            )
-            self.console.print(f"`musketeers ablate {self.folder.path}` looks for them again", highlight=False)
+            said = f"no stand-ins for experts that are away: {type(error).__name__}: {error}"
+            remedy = f"`musketeers ablate {self.folder.path}` looks for them again"
+            self.console.print(f"{said}; {remedy}", style="yellow", markup=False, highlight=False)
             return
         write_stand_ins(self.folder.path, checksum, found.stand_ins)
         records.stand_ins(found, self.console)

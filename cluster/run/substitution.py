@@ -40,7 +40,7 @@ class Without:
 
     @property
     def helps(self) -> bool:
-        """Whether the stand-in is worth having: the best of several is better than nothing by luck alone."""
+        """Whether the stand-in is worth having: by luck alone, the best of several is better than nothing."""
         ours, others = (list(result["outcomes"].values()) for result in (self.stood_in, self.hidden))
         return paired_bootstrap(ours, others).low > 0
 
