@@ -303,11 +303,13 @@ class _Submitted:
 def _all_stopped(console: Console) -> Iterator[list[_Started | _Submitted]]:
     """However the block ends, by SIGTERM too, the runs under way are stopped with a checkpoint."""
     running: list[_Started | _Submitted] = []
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT as well: a script's `&` ignores it, and its runs, which are stopped by it, would inherit that.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield running
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for each, ask in [*((each, each.stop) for each in running), *((each, each.wait) for each in running)]:
             try:
                 ask()

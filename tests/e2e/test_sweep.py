@@ -241,7 +241,12 @@ def test_interrupted_and_started_again_it_runs_only_what_is_missing(runs: Runs) 
         sys.executable, "-m", "cluster.cli", "sweep", str(runs.recipe), "steps=20", "--seeds", "2",
         "--over", "router.kind=perceiver,static", "--out", str(runs.folder / "out"),
     ]  # fmt: skip
-    first = subprocess.Popen(command, env=runs.environment(), cwd=runs.folder, stdout=subprocess.PIPE, text=True)
+    # As a script's `&` starts it: with SIGINT ignored.
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        first = subprocess.Popen(command, env=runs.environment(), cwd=runs.folder, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
 
     def done(name: str) -> Path:
         return runs.folder / "runs" / name / "summary.json"
