@@ -103,6 +103,7 @@ SECTIONS = (
         ),
     ),
     Section("choices", "configs/quickstart.yaml", "configs/arms/choices.yaml", 3),
+    Section("longer", "configs/quickstart.yaml", "configs/arms/longer.yaml", 3),
     *(
         Section(
             f"composed_{seed}",

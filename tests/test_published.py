@@ -10,11 +10,13 @@ import yaml
 
 from cluster.config import ConfigError, load
 from cluster.run.folder import RunFolder
-from cluster.run.sweep import Arm, Point
+from cluster.run.sweep import Arm, Point, grid, named_arms, tuning
 from cluster.watch.comparison import Run
+from cluster.watch.results import LABELS
 from cluster.zoo import paths
 from experts.loading import load_frozen, weights_sha256
 from scripts.published import names, publish, restore, same_models
+from scripts.results import DATA, ROOT, SECTIONS, START, Section
 from tests.models import make
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -114,3 +116,23 @@ def test_runs_of_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch:
     assert built == ["composed"]
     with pytest.raises(ConfigError, match="zoo/composed/policy has other weights here"):
         same_models([of("other")])
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+def test_every_comparison_can_be_planned(section: Section) -> None:
+    """Its settings are settings, no two of its runs share a folder, and its pairs are of what it compares."""
+    recipe, arms = ROOT / section.recipe, named_arms(ROOT / section.arms)
+    assert all(point.config.trains for point in grid(recipe, section.fixed, arms, seeds=1))
+    if section.tune:
+        assert tuning(recipe, section.fixed, arms, section.tune).keys() == set(arms)
+    assert {name for pair in section.pairs for name in pair} <= {arm.name for arm in arms} | {*LABELS.values(), START}
+
+
+def test_what_is_published_is_what_the_plans_say() -> None:
+    """Every arm that a plan names stands in the page's data with as many seeds as the plan has."""
+    published = json.loads(DATA.read_text())
+    assert published.keys() == {section.name for section in SECTIONS}
+    for section in SECTIONS:
+        seeds = {arm["label"]: len(arm["seeds"]) for arm in published[section.name]["arms"]}
+        planned = {arm.name: section.seeds for arm in named_arms(ROOT / section.arms)}
+        assert {name: seeds.get(name) for name in planned} == planned
