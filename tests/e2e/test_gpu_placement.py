@@ -25,13 +25,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One node with eight GPUs that are not there."""
+def cluster() -> Iterator[str]:
+    """One node with eight GPUs that are not there; its address, or Ray asks the last cluster of this machine."""
     ray.init(
-        num_gpus=8, _node_ip_address="127.0.0.1", include_dashboard=True, dashboard_host="127.0.0.1",
+        "local", num_gpus=8, _node_ip_address="127.0.0.1", include_dashboard=True, dashboard_host="127.0.0.1",
         log_to_driver=False, runtime_env={"env_vars": PROCESS_ENVIRONMENT},
     )  # fmt: skip
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
@@ -51,7 +51,7 @@ def config(folder: Path, **policy: Any) -> RunConfig:
     )
 
 
-def test_workers_are_placed_as_asked(cluster: None, tmp_path: Path) -> None:
+def test_workers_are_placed_as_asked(cluster: str, tmp_path: Path) -> None:
     made = config(make(tmp_path / "model", "qwen2", width=128))
     placement.check(placement.needs(made, model_facts(made)), gpu_nodes(None))
     recipes = [recipe for copies in expert_recipes(made) for recipe in copies]
@@ -70,7 +70,7 @@ def test_workers_are_placed_as_asked(cluster: None, tmp_path: Path) -> None:
             load[gpu] += handle.recipe.gpus / len(gpus[handle.name])
     assert sorted(load.values()) == [1.0] * 6, "some GPU has more than it can give, or shares are spread"
     assert gpus["Expert(e0)"] == gpus["Expert(e1)"] == gpus["Expert(e2)"]
-    said = {actor.name: actor.required_resources for actor in list_actors(detail=True)}
+    said = {actor.name: actor.required_resources for actor in list_actors(cluster, detail=True)}
     asked = {name: resources["GPU"] for name, resources in said.items()}
     assert asked == {
         "Expert(e0)": 0.25, "Expert(e1)": 0.25, "Expert(e2)": 0.5,
@@ -80,7 +80,7 @@ def test_workers_are_placed_as_asked(cluster: None, tmp_path: Path) -> None:
         ray.kill(handle.actor)
 
 
-def test_more_than_the_cluster_has_is_refused(cluster: None, tmp_path: Path) -> None:
+def test_more_than_the_cluster_has_is_refused(cluster: str, tmp_path: Path) -> None:
     made = config(make(tmp_path / "model", "qwen2", width=128), replicas=4)
     with pytest.raises(ConfigError, match=r"ask for 9 GPUs .* and the cluster has 8"):
         placement.check(placement.needs(made, model_facts(made)), gpu_nodes(None))

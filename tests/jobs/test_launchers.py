@@ -333,7 +333,7 @@ def slurm(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         # A step starts its command behind the options that it was given.
         "srun": 'while [[ $1 == --* ]]; do shift; done; [[ $* == *--head* ]] || set -- "$@" '
         '--node-ip-address=127.0.0.1; exec "$@"',
-        "scontrol": f'[[ $1 == show ]] && printf "a\\nb\\n" || echo "$@" >>{tmp_path}/requeued',
+        "scontrol": f'[[ $1 == show ]] && {{ echo a; sleep 0.2; echo b; }} || echo "$@" >>{tmp_path}/requeued',
         "musketeers": f'echo "$RAY_ADDRESS $*" >{tmp_path}/driver; trap "touch {tmp_path}/saved; exit 130" TERM; '
         "while true; do sleep 0.1; done",
     }

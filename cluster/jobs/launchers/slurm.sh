@@ -75,7 +75,8 @@ start_ray() {  # start_ray <arguments of srun> -- <arguments of ray start>
     steps+=($!)
 }
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_node=${nodes%%$'\n'*}  # `| head` would end scontrol by SIGPIPE now and then, and with it the job
 workers=$((SLURM_JOB_NUM_NODES - 1))
 start_ray --nodes=1 --ntasks=1 --nodelist="$head_node" -- \
     --head --node-ip-address="$HEAD_IP" --port="$PORT" --dashboard-host=127.0.0.1
