@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rollout.types import Prompt
 
 _INTEGER = re.compile(r"[+-]?\d+")
+# What a verifier raises on an answer that is not of the form that it expects.
+READING_ERRORS = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, SyntaxError, RecursionError,
+)  # fmt: skip
 _MOST_DIGITS = 1000  # an answer that goes on for longer is none
 
 
@@ -16,11 +20,32 @@ class RewardsError(ValueError):
     """A task, its data or its verifier is not usable; one line naming the setting and what to do."""
 
 
+class Unreadable(ValueError):
+    """Raised by a verifier for an answer that it cannot read: a wrong answer (score 0), counted as unreadable."""
+
+
 class Verifier(Protocol):
     """Judges one completion.  Travels to the scoring process, so it must survive pickling."""
 
     def score(self, completion: str, prompt: Prompt) -> float:
-        """The completion's score, usually in [0, 1]; the prompt holds the gold answer."""
+        """The completion's score, usually in [0, 1]; the prompt holds the gold answer.
+
+        Raises:
+            Unreadable: the answer cannot be read.
+        """
+        ...
+
+
+@runtime_checkable
+class SelfTesting(Protocol):
+    """A verifier that knows a right answer to every prompt.
+
+    What it raises while reading an answer (`READING_ERRORS`) is the answer's fault, and so a wrong answer, if it still
+    scores the right one 1 in a fresh process.
+    """
+
+    def known_good(self, prompt: Prompt) -> str | None:
+        """A completion that is right, spelled otherwise than the gold answer alone; None if there is none."""
         ...
 
 
