@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cluster.config import ConfigError, load
+from rewards.attack import CANARY, VERDICTS, Case, Finding, Tally, battery, shown
 from rewards.config import DataConfig, RewardsConfig, TaskConfig
 from rewards.gym import categories
+from rewards.pool import LATE_IN_A_ROW
 from rewards.sources import all_entries, build_tasks
 from rewards.verify import RewardsError, Verifier
 from rewards.worker import RewardWorker
 from rollout.types import Prompt
 
 SHOWN = 160  # characters of a prompt in the list
+BATCH, BATCH_CHARACTERS = 500, 4_000_000  # completions of the battery that are scored together, at most
+HOSTILE_BATCH = LATE_IN_A_ROW - 1  # of completions made to be late, so few that none is left out because of others
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,92 @@ def score_file(
         worker.close()
 
 
+def attack_task(
+    name: str,
+    config: Path | None,
+    overrides: Sequence[str],
+    seed: int,
+    count: int,
+    level: int | None,
+    timeout_s: float | None,
+) -> Tally:
+    """Tries the battery of `rewards.attack` on a task's verifier, over its first `count` entries, as a run would score.
+
+    config, overrides: a recipe, whose `rewards` section counts; without one the defaults do.
+
+    Raises:
+        ConfigError: no such task, or overrides without a recipe.
+    """
+    if overrides and config is None:
+        raise ConfigError(f"{overrides[0]!r} overrides a recipe: give --config RECIPE too")
+    rewards = RewardsConfig() if config is None else load(config, overrides).rewards
+    changes = {"on_timeout": "mask", "processes": 1} | ({} if timeout_s is None else {"timeout_s": timeout_s})
+    chosen, data = _chosen(name, config, seed, count, level, overrides)
+    if chosen.dataset is not None and chosen.curriculum is None:
+        chosen = chosen.model_copy(update={"size": min(chosen.size, count)})  # making all of them can take minutes
+    entries, verifier = all_entries(chosen, data)
+    entries = entries[:count]
+    tally = Tally(len(entries))
+    worker = RewardWorker({entries[0].task: verifier}, rewards.model_copy(update=changes))
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("trying the battery", total=sum(1 for _ in battery(entries, verifier)))
+            for batch in _batches(battery(entries, verifier)):
+                scores = worker.score_texts([(entries[case.index], case.completion) for case in batch])
+                for case, score in zip(batch, scores, strict=True):
+                    tally.add(case, score)
+                progress.advance(task, len(batch))
+    finally:
+        worker.close()
+        tally.executed = CANARY.exists()
+        CANARY.unlink(missing_ok=True)
+    return tally
+
+
+def _batches(cases: Iterable[Case]) -> Iterator[list[Case]]:
+    """The cases in lists of limited number and length."""
+    batch: list[Case] = []
+    characters = 0
+    for case in cases:
+        most = HOSTILE_BATCH if batch and batch[0].kind == "hostile" else BATCH
+        if batch and (len(batch) >= most or characters + len(case.completion) > BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(case)
+        characters += len(case.completion)
+    if batch:
+        yield batch
+
+
+def show_attack(console: Console, name: str, tally: Tally) -> None:
+    """Prints what came of an attack; what a completion or a verifier says is shown as printable ASCII."""
+    table = Table("completions", "number", *VERDICTS, title=f"{escape(name)}: {tally.entries} prompts")
+    for kind, counts in tally.counts.items():
+        table.add_row(kind, str(counts.total()), *(str(counts[verdict]) for verdict in VERDICTS))
+    console.print(table)
+    for title, findings in (
+        ("wrong answers that scored right", tally.false_positives),
+        ("right answers that scored wrong", tally.false_negatives),
+        ("completions without a verdict", tally.masked),
+    ):
+        console.print(f"{title}: {len(findings) or 'none'}", highlight=False)
+        forms = Counter((found.kind, found.form) for found in findings)
+        firsts = {(found.kind, found.form): found for found in reversed(findings)}
+        for form, times in forms.most_common():
+            console.print(_line(firsts[form], times), highlight=False, markup=False, soft_wrap=True)
+    if tally.executed:
+        console.print("[bold red]a completion was executed:[/] this verifier runs what it is given", highlight=False)
+    answer, reward = tally.best_constant()
+    console.print(f"a policy that always answers {shown(answer)} earns {reward:.2f}", highlight=False, markup=False)
+
+
+def _line(found: Finding, times: int) -> str:
+    form = f" ({found.form})" if found.kind in ("hostile", "noise", "echo") else ""  # others show what they are
+    reason = f": {shown(found.reason, 100)}" if found.reason else ""
+    completion = shown(found.completion, characters=found.characters)
+    return f"  {times} x {found.kind}{form}, as for prompt {found.index}: {completion}{reason}"
+
+
 def show_recipe(console: Console, config: Path, examples: int) -> None:
     """A recipe's own tasks: how many prompts they have, and examples."""
     table = Table("task", "train", "validation", "test", "prompt", "answer", show_lines=True)
@@ -145,13 +236,19 @@ def _read_completions(source: Path) -> list[tuple[int, str]]:
 
 def _find(name: str, config: Path | None, seed: int, size: int, level: int | None) -> tuple[Sequence[Prompt], Verifier]:
     """Entries and verifier of a Reasoning Gym data set, or of a task of a recipe."""
+    return all_entries(*_chosen(name, config, seed, size, level))
+
+
+def _chosen(
+    name: str, config: Path | None, seed: int, size: int, level: int | None, overrides: Sequence[str] = ()
+) -> tuple[TaskConfig, DataConfig]:
     if config is None:
-        return all_entries(*_alone(name, seed, size, level))
-    data = load(config).data.model_copy(update={"seed": seed})
+        return _alone(name, seed, size, level)
+    data = load(config, overrides).data.model_copy(update={"seed": seed})
     by_name: Mapping[str, TaskConfig] = {task.name: task for task in data.tasks}
     if name not in by_name:
         raise ConfigError(f"{config} has no task {name!r}: it has {', '.join(by_name)}")
-    return all_entries(by_name[name], data)
+    return by_name[name], data
 
 
 def _alone(name: str, seed: int, size: int, level: int | None) -> tuple[TaskConfig, DataConfig]:

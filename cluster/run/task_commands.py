@@ -51,14 +51,52 @@ def tasks_show(
 
 
 def score(
-    name: TaskName,
-    source: Annotated[Path, typer.Option("--input", help="JSON lines with index and completion.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A Reasoning Gym data set, or a task of --config; with --steps a run's folder.", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value overrides of --config, or of the run's settings.", show_default=False),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="JSON lines with index and completion.", show_default=False)
+    ] = None,
+    attack: Annotated[
+        bool, typer.Option("--attack", help="Try hostile, wrong and right completions; exit 1 if a wrong one is right.")
+    ] = False,
+    steps: Annotated[
+        str | None, typer.Option(help="A..B: score a run's saved groups of these steps again.", show_default=False)
+    ] = None,
     config: RecipeOption = None,
     seed: SeedOption = 0,
     level: LevelOption = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one completion.", min=0.01)] = 10.0,
+    count: Annotated[int, typer.Option(help="With --attack: entries of the task.", min=1)] = 20,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds for one completion; 10 by default, or as configured.", min=0.01, show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --attack and --steps: as JSON.")] = False,
 ) -> None:
-    """Score a file of completions through a reward worker: try a verifier before a run trusts it."""
+    """Try a verifier before a run trusts it, on a file or on an attack, or score a run's groups again."""
+    from cluster.config import ConfigError
+
+    if [source is not None, attack, steps is not None].count(True) != 1:
+        raise ConfigError("musketeers score takes one of --input FILE, --attack and --steps A..B")
+    if source is not None:
+        if overrides or as_json:
+            raise ConfigError(f"--input takes no {'overrides' if overrides else '--json: its lines are JSON'}")
+        _score_file(name, config, seed, source, level, 10.0 if timeout is None else timeout)
+    elif attack:
+        _attack(name, config, overrides or [], seed, count, level, timeout, as_json)
+    else:
+        assert steps is not None
+        _score_run(Path(name), steps, config, overrides or [], timeout, as_json)
+
+
+def _score_file(name: str, config: Path | None, seed: int, source: Path, level: int | None, timeout: float) -> None:
     import json
 
     from cluster.run.catalogue import score_file
@@ -67,3 +105,25 @@ def score(
     rewards = RewardsConfig(timeout_s=timeout, binary_at=None)
     for line in score_file(name, config, seed, source, rewards, level):
         print(json.dumps(line), flush=True)
+
+
+def _attack(
+    name: str,
+    config: Path | None,
+    overrides: list[str],
+    seed: int,
+    count: int,
+    level: int | None,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    import json
+
+    from cluster.run import catalogue
+
+    tally = catalogue.attack_task(name, config, overrides, seed, count, level, timeout)
+    if as_json:
+        print(json.dumps({"task": name, **tally.as_data()}, indent=1))
+    else:
+        catalogue.show_attack(console, name, tally)
+    raise typer.Exit(0 if tally.passed else 1)
