@@ -68,7 +68,7 @@ _EXECUTED = (
         f"[c for c in ().__class__.__bases__[0].__subclasses__() if c.__name__ == 'Popen'][0](['touch', {_PATH!r}])",
     ),
     Hostile("lambda", f"(lambda: {_TOUCH})()"),
-    Hostile("f-string", f"f'{{{_TOUCH}}}'"),
+    Hostile("f-string", f'f"{{{_TOUCH}}}"'),
     Hostile("statement", f"import os; os.system('touch {_PATH}')"),
     Hostile("sympify", f'sympify("{_SHELL}")'),
     Hostile("sympy attributes", f"Integer(1).__class__.__mro__[-1].__subclasses__()[0]({_TOUCH!r})"),
@@ -257,35 +257,29 @@ class Case:
     right: bool | None
 
 
-def battery(prompts: Sequence[Prompt], verifier: Verifier) -> Iterator[Case]:
-    """Every completion to try, hostile ones first: what they did to the process shows in the wrong ones after them."""
+def battery(prompts: Sequence[Prompt], known: Sequence[str | None]) -> Iterator[Case]:
+    """Every completion to try, hostile ones first: what they did to the process shows in the wrong ones after them.
+
+    known: a right completion to each prompt, see `known_good`.
+    """
     for number, hostile in enumerate(HOSTILE):
         text = hostile.text
         in_turn = [(number + step) % len(prompts) for step in range(len(prompts))]
         index = next((i for i in in_turn if not _mentions(text, prompts[i].answer)), in_turn[0])
         yield Case("hostile", hostile.name, index, text, None if _mentions(text, prompts[index].answer) else False)
-    yield from _constants(prompts, verifier)
+    yield from _constants(prompts, known)
     for index, prompt in enumerate(prompts):
         for form, text in echoes(prompt):
             yield Case("echo", form, index, text, None if _ends_in(text, prompt.answer) else False)
         if prompt.answer:
-            other = next((p.answer for p in prompts if p.answer and not is_gold(p.answer, prompt.answer)), None)
-            noisy = noise(prompt.answer)
-            for form, text in noisy.items():
-                yield Case("noise", form, index, text, False)
-            if other := other or next(iter(noisy.values()), None):
-                for form in HEDGES:
-                    text = form.replace("{x}", prompt.answer).replace("{y}", other)
-                    yield Case("hedge", _printable(form), index, text, False)
-            for form in REWORDED:
-                yield Case("reworded", _printable(form), index, form.replace("{}", prompt.answer), True)
-        if (good := known_good(verifier, prompt)) is not None:
+            yield from _around_gold(prompts, index)
+        if (good := known[index]) is not None:
             yield Case("known good", "of the verifier", index, good, True)
 
 
-def _constants(prompts: Sequence[Prompt], verifier: Verifier) -> Iterator[Case]:
+def _constants(prompts: Sequence[Prompt], known: Sequence[str | None]) -> Iterator[Case]:
     """The same answers to every prompt: fixed ones, and the commonest gold (or known good) ones of the prompts."""
-    golds = Counter(prompt.answer or known_good(verifier, prompt) or "" for prompt in prompts)
+    golds = Counter(prompt.answer or good or "" for prompt, good in zip(prompts, known, strict=True))
     commonest = [gold for gold, _ in golds.most_common(MOST_GOLDS) if gold and gold not in CONSTANTS]
     for kind, answers in (("constant", CONSTANTS), ("other gold", commonest)):
         for answer in answers:
@@ -294,6 +288,21 @@ def _constants(prompts: Sequence[Prompt], verifier: Verifier) -> Iterator[Case]:
                 open_ended = kind == "other gold" and not prompt.answer
                 either = open_ended or is_gold(answer, prompt.answer)
                 yield Case(kind, shown(answer), index, answer, None if either else False)
+
+
+def _around_gold(prompts: Sequence[Prompt], index: int) -> Iterator[Case]:
+    """The gold answer with noise, hedged with another one, and reworded."""
+    gold = prompts[index].answer
+    noisy = noise(gold)
+    for form, text in noisy.items():
+        yield Case("noise", form, index, text, False)
+    others = (p.answer for p in prompts if p.answer and not is_gold(p.answer, gold))
+    if other := next(others, None) or next(iter(noisy.values()), None):
+        for form in HEDGES:
+            text = form.replace("{x}", gold).replace("{y}", other)
+            yield Case("hedge", _printable(form), index, text, False)
+    for form in REWORDED:
+        yield Case("reworded", _printable(form), index, form.replace("{}", gold), True)
 
 
 def known_good(verifier: Verifier, prompt: Prompt) -> str | None:

@@ -9,6 +9,9 @@ import pytest
 import reasoning_gym
 
 from cluster import cli
+from cluster.run import catalogue
+from rewards import attack
+from rewards.attack import HOSTILE, VERDICTS, Case
 from rewards.gym import categories
 
 RECIPE = """
@@ -104,3 +107,136 @@ def test_a_line_that_cannot_be_used_is_named(
     arguments = ("score", "sums", "--config", str(tmp_path / "recipe.yaml"), "--input", source)
     status, out, err = run(capsys, monkeypatch, *arguments)
     assert status == 2 and message in err and out == ""
+
+
+ATTACKED = """
+run: r
+steps: 1
+data:
+  tasks:
+    - {name: doubles, plugin: "tests.rewards.verifiers:Doubles", size: 6}
+    - {name: found, plugin: "tests.rewards.verifiers:Doubles", size: 6, verifier: "tests.rewards.verifiers:finds_gold"}
+    - {name: zero, plugin: "tests.rewards.verifiers:Doubles", size: 6, verifier: "tests.rewards.verifiers:likes_zero"}
+    - {name: chokes, plugin: "tests.rewards.verifiers:Doubles", size: 6, verifier: "tests.rewards.verifiers:chokes"}
+    - {name: absent, plugin: "tests.rewards.verifiers:Doubles", verifier: "tests.rewards.verifiers:nothing"}
+experts: [{name: e, model: /e}]
+policy: {model: /p}
+"""
+ESCAPES = ("\x1b", "\x9b", "\u202e", "\ud800", "\x00")
+
+
+@pytest.fixture
+def attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """A recipe, and a battery without the long ones, which take seconds."""
+    monkeypatch.setattr(attack, "HOSTILE", tuple(hostile for hostile in HOSTILE if len(hostile) < 2000))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(ATTACKED)
+    return "--config", str(path)
+
+
+def test_an_attack_that_a_verifier_withstands_is_a_table_and_status_0(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attacked: tuple[str, str]
+) -> None:
+    status, out, _ = run(capsys, monkeypatch, "score", "doubles", "--attack", *attacked)
+    assert status == 0, out
+    assert "wrong answers that scored right: none" in out and "6 prompts" in out
+    assert all(verdict in out for verdict in VERDICTS)
+    assert "6 x reworded, as for prompt 0: '**0**'" in out
+    assert "a policy that always answers '0' earns 0.17" in out
+
+
+def test_wrong_answers_that_score_right_are_named_with_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attacked: tuple[str, str]
+) -> None:
+    status, out, _ = run(capsys, monkeypatch, "score", "found", *attacked, "--attack", "--count", "5", "--json")
+    found = json.loads(out)
+    assert status == 1 and found["entries"] == 5 and not found["executed"]
+    rows = {row.pop("kind"): row for row in found["kinds"]}
+    assert all(sum(row[verdict] for verdict in VERDICTS) == row["count"] for row in rows.values())
+    assert rows["hedge"]["right"] == rows["hedge"]["count"] == 50 and rows["reworded"]["right"] == 100
+    hedges = [each for each in found["false_positives"] if each["kind"] == "hedge"]
+    assert {"kind", "form", "index", "completion", "characters", "reason"} == set(hedges[0])
+    assert "not 2 but 0" in [each["completion"] for each in hedges if each["index"] == 1]
+    status, out, _ = run(capsys, monkeypatch, "score", "zero", *attacked, "--attack")
+    assert status == 1 and "5 x constant, as for prompt 1: '0'" in out
+    assert "a policy that always answers '0' earns 1.00" in out
+
+
+def test_what_a_completion_or_a_verifier_says_never_reaches_the_terminal_raw(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attacked: tuple[str, str]
+) -> None:
+    status, out, _ = run(capsys, monkeypatch, "score", "chokes", *attacked, "--attack")
+    assert status == 0 and "\\x1b[2J\\x1b]0;right" in out and "[bold red]1[/]" in out
+    assert not [each for each in ESCAPES if each in out]
+    assert not [line for line in out.splitlines() if line.startswith("{")], "the forged verdict"
+    _, out, _ = run(capsys, monkeypatch, "score", "chokes", *attacked, "--attack", "--json")
+    assert out.isascii() and not [each for each in ESCAPES if each in out]
+    masked = json.loads(out)["masked"]
+    assert {each["kind"] for each in masked} >= {"hostile", "echo"} and all(each["reason"] for each in masked)
+
+
+def test_a_recipe_s_own_settings_and_overrides_count(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attacked: tuple[str, str]
+) -> None:
+    override = "data.tasks.0.verifier=tests.rewards.verifiers:likes_zero"
+    status, _, _ = run(capsys, monkeypatch, "score", "doubles", override, "--attack", *attacked, "--count", "2")
+    assert status == 1
+    status, out, _ = run(capsys, monkeypatch, "score", "zero", "rewards.binary_at=-1", "--attack", *attacked, "--json")
+    assert status == 1 and {row["wrong"] for row in json.loads(out)["kinds"]} == {0}
+
+
+def test_a_completion_that_ran_as_code_fails_the_attack(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    attacked: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    canary = tmp_path / "canary"
+    canary.touch()
+    monkeypatch.setattr(catalogue, "CANARY", canary)
+    status, out, _ = run(capsys, monkeypatch, "score", "doubles", "--attack", *attacked)
+    assert status == 1 and "this verifier runs what it is given" in out and not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("doubles",), "one of --input FILE, --attack and --steps A..B"),
+        (("doubles", "--attack", "--steps", "1..2"), "one of --input FILE, --attack and --steps A..B"),
+        (("chain_sum", "rewards.binary_at=0.5", "--attack"), "give --config RECIPE too"),
+        (("doubles", "--input", "none.jsonl", "--json"), "its lines are JSON"),
+        (("absent", "--attack", "--config"), "'tests.rewards.verifiers:nothing' cannot be used"),
+        (("triples", "--attack", "--config"), "has no task 'triples'"),
+    ],
+)
+def test_a_command_that_cannot_be_followed_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    attacked: tuple[str, str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    given = arguments if arguments[-1] != "--config" else (*arguments[:-1], *attacked)
+    status, out, err = run(capsys, monkeypatch, "score", *given)
+    assert status == 2 and message in err and not out and len(err.strip().splitlines()) == 1
+
+
+def test_completions_made_to_be_late_are_scored_in_small_batches() -> None:
+    hostile = [Case("hostile", str(n), 0, "x", False) for n in range(5)]
+    others = [Case("echo", "", 0, "x", False) for _ in range(1201)]
+    long = [Case("echo", "", 0, "x" * 3_000_000, False) for _ in range(3)]
+    batches = list(catalogue._batches([*hostile, *others, *long]))
+    assert [case for batch in batches for case in batch] == [*hostile, *others, *long]
+    assert max(sum(case.kind == "hostile" for case in batch) for batch in batches) == 2
+    assert len(batches) <= 10 and [len(batch) for batch in batches[-2:]] == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chain_sum", "spell_backward", "graph_color", "game_of_life"])
+def test_the_whole_battery_gets_a_status_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    status, out, _ = run(capsys, monkeypatch, "score", name, "--attack", "--json", "--count", "4", "--timeout", "2")
+    rows = {row["kind"]: row for row in json.loads(out)["kinds"]}
+    assert status in (0, 1) and rows["hostile"]["count"] == len(HOSTILE)
+    assert all(sum(row[verdict] for verdict in VERDICTS) == row["count"] for row in rows.values())

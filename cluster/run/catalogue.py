@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from cluster.config import ConfigError, load
-from rewards.attack import CANARY, VERDICTS, Case, Finding, Tally, battery, shown
+from rewards.attack import CANARY, VERDICTS, Case, Finding, Tally, battery, known_good, shown
 from rewards.config import DataConfig, RewardsConfig, TaskConfig
 from rewards.gym import categories
 from rewards.pool import LATE_IN_A_ROW
@@ -143,16 +144,17 @@ def attack_task(
         chosen = chosen.model_copy(update={"size": min(chosen.size, count)})  # making all of them can take minutes
     entries, verifier = all_entries(chosen, data)
     entries = entries[:count]
+    if not entries:
+        raise ConfigError(f"task {name!r} has no entries to try")
+    batches = list(_batches(battery(entries, [known_good(verifier, prompt) for prompt in entries])))
     tally = Tally(len(entries))
     worker = RewardWorker({entries[0].task: verifier}, rewards.model_copy(update=changes))
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("trying the battery", total=sum(1 for _ in battery(entries, verifier)))
-            for batch in _batches(battery(entries, verifier)):
+            for batch in progress.track(batches, description="trying the battery"):
                 scores = worker.score_texts([(entries[case.index], case.completion) for case in batch])
                 for case, score in zip(batch, scores, strict=True):
                     tally.add(case, score)
-                progress.advance(task, len(batch))
     finally:
         worker.close()
         tally.executed = CANARY.exists()
@@ -190,11 +192,11 @@ def show_attack(console: Console, name: str, tally: Tally) -> None:
         forms = Counter((found.kind, found.form) for found in findings)
         firsts = {(found.kind, found.form): found for found in reversed(findings)}
         for form, times in forms.most_common():
-            console.print(_line(firsts[form], times), highlight=False, markup=False, soft_wrap=True)
+            console.print(Text(_line(firsts[form], times)), soft_wrap=True)
     if tally.executed:
         console.print("[bold red]a completion was executed:[/] this verifier runs what it is given", highlight=False)
     answer, reward = tally.best_constant()
-    console.print(f"a policy that always answers {shown(answer)} earns {reward:.2f}", highlight=False, markup=False)
+    console.print(Text(f"a policy that always answers {shown(answer)} earns {reward:.2f}"), soft_wrap=True)
 
 
 def _line(found: Finding, times: int) -> str:

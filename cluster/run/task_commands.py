@@ -127,3 +127,18 @@ def _attack(
     else:
         catalogue.show_attack(console, name, tally)
     raise typer.Exit(0 if tally.passed else 1)
+
+
+def _score_run(
+    run: Path, steps: str, config: Path | None, overrides: list[str], timeout: float | None, as_json: bool
+) -> None:
+    import json
+
+    from cluster.run.rescore import rescore_run, show_changes
+
+    found = rescore_run(run, steps, config, overrides, timeout)
+    if as_json:
+        tasks = {name: changes.as_data() for name, changes in found.items()}
+        print(json.dumps({"run": str(run), "steps": steps, "tasks": tasks}, indent=1))
+    else:
+        show_changes(console, run, steps, found)

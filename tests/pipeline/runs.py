@@ -37,7 +37,13 @@ def settings(root: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def made_up_run(root: Path, steps: tuple[int, ...] = (2, 4), finished: bool = True, **changes: Any) -> Path:
+def made_up_run(
+    root: Path,
+    steps: tuple[int, ...] = (2, 4),
+    finished: bool = True,
+    driver: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
     """A run with a checkpoint of each step; a finished one was measured after the last."""
     config = parse(settings(root, **changes), "test")
     folder = root / config.run
@@ -48,7 +54,9 @@ def made_up_run(root: Path, steps: tuple[int, ...] = (2, 4), finished: bool = Tr
         arrays = {name: array + np.float32(step) for name, array in take_arrays(router).items()}
         snapshot = RouterSnapshot.of(arrays, step, 0)
         learner = LearnerState(snapshot, OptimizerState(0, {"exp_avg": {}, "exp_avg_sq": {}}), {step: snapshot}, arrays)
-        checkpoint.write(folder / "checkpoints", checkpoint.Checkpoint(step, learner, {}), SHAPE, config.router, 3)
+        checkpoint.write(
+            folder / "checkpoints", checkpoint.Checkpoint(step, learner, driver or {}), SHAPE, config.router, 3
+        )
     if finished:
         result = {"tasks": {"digits": 0.5}, "mean": 0.5, "prompts": {"digits": 4}, "outcomes": {"digits": [1, 0, 1, 0]}}
         worse = {**result, "tasks": {"digits": 0.25}, "mean": 0.25, "outcomes": {"digits": [1, 0, 0, 0]}}

@@ -94,3 +94,18 @@ class Unpicklable(Doubles):
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
         self.hook = lambda: None
+
+
+def finds_gold(completion: str, prompt: Prompt) -> float:
+    """Right wherever the gold answer stands: hedging pays."""
+    return float(prompt.answer in completion)
+
+
+def likes_zero(completion: str, prompt: Prompt) -> float:
+    """Knows the gold answer, and takes a zero for it too."""
+    return float(completion.strip() in (prompt.answer, "0"))
+
+
+def chokes(completion: str, prompt: Prompt) -> float:
+    """Fails on what is no number, in the completion's own words."""
+    return float(int(completion) == int(prompt.answer))
