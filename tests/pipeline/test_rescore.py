@@ -20,7 +20,6 @@ from rewards.sources import build_tasks
 from rewards.stream import PromptStream
 from rewards.worker import RewardWorker
 from rollout.types import Completion, FinishReason, Group, Prompt, RewardStatus, Score
-from tests.e2e.conftest import Runs
 from tests.pipeline.fake_fleet import finished_group
 from tests.pipeline.runs import made_up_run, settings
 
@@ -199,18 +198,3 @@ def test_groups_that_are_missing_or_damaged_and_other_prompts_are_refused(run: P
     source.write_text(source.read_text().replace("What is 1 ", "What was 1 "))
     with pytest.raises(ValueError, match="the prompts of task 'sums' differ from the checkpoint's"):
         rescore_run(run, "1", None, [], None)
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-def test_a_real_run_s_own_settings_change_nothing(runs: Runs) -> None:
-    done = runs.train("steps=2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    command = [*runs.command()[:3], "score", str(runs.folder / "runs" / "run"), "--steps", "1..2", "--json"]
-    again = runs.start(command)
-    assert again.returncode == 0, again.stderr
-    task = json.loads(again.stdout)["tasks"]["digits"]
-    assert task["completions"] == 64 and not any(task["verdicts"].values())
-    assert task["rewards"] == task["advantages"] == 0
-    other = json.loads(runs.start([*command, "rewards.binary_at=0.2"]).stdout)["tasks"]["digits"]
-    assert other["verdicts"]["wrong -> right"] > 0 and other["advantages"] > 0

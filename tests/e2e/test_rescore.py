@@ -1,0 +1,24 @@
+"""A real run's groups, scored again by the real command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.e2e.conftest import Runs
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_real_run_s_own_settings_change_nothing(runs: Runs) -> None:
+    done = runs.train("steps=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [*runs.command()[:3], "score", str(runs.folder / "runs" / "run"), "--steps", "1..2", "--json"]
+    again = runs.start(command)
+    assert again.returncode == 0, again.stderr
+    task = json.loads(again.stdout)["tasks"]["digits"]
+    assert task["completions"] == 64 and not any(task["verdicts"].values())
+    assert task["rewards"] == task["advantages"] == 0
+    other = json.loads(runs.start([*command, "rewards.binary_at=0.2"]).stdout)["tasks"]["digits"]
+    assert other["verdicts"]["wrong -> right"] > 0 and other["advantages"] > 0
