@@ -59,7 +59,7 @@ class Kind(IntEnum):
 
 
 Verdict = tuple[Kind, float, float]  # the reward, and the answer's own score
-DONE, REASON, LEAVING, NO_JAIL = b"D", b"W", b"L", b"J"
+READ, DONE, REASON, LEAVING, NO_JAIL = b"R", b"D", b"W", b"L", b"J"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def unpack_message(message: bytes) -> tuple[bytes, int, str]:
     if not _MESSAGE.size <= len(message) <= LONGEST_MESSAGE:
         raise ValueError(f"a message of {len(message)} bytes")
     kind, index = _MESSAGE.unpack_from(message)
-    if kind not in (DONE, REASON, LEAVING, NO_JAIL) or index > CAPACITY:
+    if kind not in (READ, DONE, REASON, LEAVING, NO_JAIL) or index > CAPACITY:
         raise ValueError("a message of no known kind")
     text = message[_MESSAGE.size :].decode(errors="replace")
     return kind, index, "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -150,6 +150,7 @@ def main(down: int, up: int, board: int, limits: Limits, verifiers: Mapping[str,
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's
     spare = mmap.mmap(-1, _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     seen = Board(board)
+    os.close(board)
     _limit(limits)
     if limits.jailed:
         try:
@@ -195,6 +196,7 @@ def _score(down: int, up: int, board: Board, verifiers: Mapping[str, Verifier], 
     first = True
     while (batch := _receive(down)) is not None:
         items: list[Item] = pickle.loads(batch)
+        os.write(up, pack_message(READ, 0))
         for index, (task, completion, prompt) in enumerate(items):
             if time.process_time() > cpu_s:
                 os.write(up, pack_message(LEAVING, index))

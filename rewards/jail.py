@@ -1,4 +1,4 @@
-"""Confinement of a process by the kernel: Landlock for files and networks, seccomp for system calls.
+"""Confinement of a process by the kernel: Landlock for files, seccomp for system calls.
 
 A thin layer over two Linux interfaces (landlock(7), seccomp(2)) that have no well-kept binding for Python.  Neither
 needs privileges, and neither can be undone: it is for a process that does nothing else afterwards.
@@ -104,9 +104,7 @@ def confine(readable: Iterable[str], found: Kernel) -> None:
 
 def _restrict_files(readable: Iterable[str], version: int) -> None:
     every = (1 << _FILE_RIGHTS.get(version, 16)) - 1
-    network, scopes = 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0
-    attributes = struct.pack("<QQQ", every, network, scopes)[: 8 if version < 4 else 16 if version < 6 else 24]
-    rules = _LIBC.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
+    rules = _LIBC.syscall(_CREATE_RULESET, struct.pack("<Q", every), ctypes.c_size_t(8), ctypes.c_uint(0))
     _check(rules, "Landlock's rules")
     try:
         for path in readable:

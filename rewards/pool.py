@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rewards import child
-from rewards.child import CAPACITY, DONE, LEAVING, LONGEST_MESSAGE, NO_JAIL, Board, Item, Kind, Verdict
+from rewards.child import CAPACITY, DONE, LEAVING, LONGEST_MESSAGE, NO_JAIL, READ, Board, Item, Kind, Verdict
 from rewards.verify import RewardsError, is_right
 from rewards.zygote import Zygote
 from rollout.types import Prompt, RewardStatus, Score
@@ -92,14 +92,14 @@ class ScoringProcess:
         late: Counter[str] = Counter()
         idle_deaths = 0
         while waiting:
-            if self._left <= 0:
+            if self._left <= 0:  # only now: there may be nothing more to score
                 self._restart()
             answered = self._judge_until_replaced([items[i] for i in waiting[: min(CAPACITY, self._left)]])
             self._left -= len(answered)
             idle_deaths = 0 if answered else idle_deaths + 1
             if idle_deaths > 1:
                 raise RewardsError(
-                    f"the process that scores {self._zygote.names} ends before it starts on a completion: "
+                    f"the process that scores {self._zygote.names} ends before it has read what to score: "
                     "can it import what the prompts' payloads hold?"
                 )
             for i, outcome in zip(waiting, answered, strict=False):
@@ -115,85 +115,92 @@ class ScoringProcess:
     def _judge_until_replaced(self, items: list[Item]) -> list[Outcome]:
         """Outcomes of the first items: all of them, or up to the one that made a new process necessary.
 
-        None at all when the process was gone before it started on the first one.
+        None at all when the process was gone before it had read them.
         """
         self._board.clear(len(items))
+        self._reading = True
         reasons: dict[int, str] = {}
         try:
             child.send_batch(self._down, items)
             finished = self._wait(len(items), reasons)
-        except TimeoutError:  # no batch is taken, or the completion at work is late
-            index = self._at(len(items))
-            outcomes = self._outcomes(index, reasons)
+        except TimeoutError:
+            outcomes = self._cut_short(len(items), reasons, _masked(RewardStatus.TIMEOUT, self._late))
             self._restart()
-            return [*outcomes, Outcome(_masked(RewardStatus.TIMEOUT, self._late))] if index >= 0 else []
+            return outcomes
         except ConnectionError:
-            index, code = self._at(len(items)), self._end()
-            outcomes = self._outcomes(index + 1, reasons)
+            code = self._end()
+            outcomes = self._cut_short(
+                len(items), reasons, _failed(f"the verifier ended its process (exit code {code})")
+            )
             self._start()
-            if len(outcomes) > index:
-                return outcomes
-            return [*outcomes, Outcome(_failed(f"the verifier ended its process (exit code {code})"))]
-        except ValueError as error:  # nothing of ours writes that
-            index = self._at(len(items))
-            outcomes = self._outcomes(index, reasons)
+            return outcomes
+        except ValueError as error:  # ours says no such thing
+            outcomes = self._cut_short(len(items), reasons, _failed(f"its process was taken over: {error}"))
             self._restart()
-            return [*outcomes, Outcome(_failed(f"its process was taken over: {error}"))] if index >= 0 else []
+            return outcomes
         outcomes = self._outcomes(finished, reasons)
         if finished < len(items):
             self._left = 0
         if len(outcomes) < finished:
-            self._restart()
+            self._left = 0
             outcomes.append(Outcome(_failed("its process was taken over: a verdict is missing")))
         return outcomes
+
+    def _cut_short(self, count: int, reasons: Mapping[int, str], why: Score) -> list[Outcome]:
+        """Outcomes up to the completion at work, which gets `why` if it has none."""
+        if self._reading:
+            return []
+        index = min(max(self._board.at()[0], 0), count - 1)
+        outcomes = self._outcomes(index + 1, reasons)
+        return outcomes if len(outcomes) > index else [*outcomes, Outcome(why)]
 
     def _wait(self, count: int, reasons: dict[int, str]) -> int:
         """Waits until the process has done what it will do of a batch; how many completions that are.
 
         Raises:
-            TimeoutError: a completion is late, or none was begun.
+            TimeoutError: a completion is late, or the batch is not read.
             ConnectionError: the process has ended.
             ValueError: it says what none of ours says.
         """
-        began = time.monotonic()
-        seen, seen_at, messages = -1, began, 0
+        seen, seen_at, messages = -1, time.monotonic(), 0
         while True:
             while self._poller.poll(0):
                 messages += 1
                 kind, index, text = child.unpack_message(self._up.recv(LONGEST_MESSAGE + 1) or _gone())
+                if messages > count + 2 or index > count:
+                    raise ValueError("more messages than completions")
                 if kind == NO_JAIL:
                     raise RewardsError(
                         f"the process that scores {self._zygote.names} cannot be confined ({text}): "
                         "set rewards.jail: off to do without"
                     )
-                if messages > count + 1 or index > count:
-                    raise ValueError("more messages than completions")
                 if kind in (DONE, LEAVING):
                     return count if kind == DONE else index
-                reasons[index] = text
+                if kind == READ:
+                    self._reading, seen, seen_at = False, 0, time.monotonic()
+                else:
+                    reasons[index] = text
             index, since = self._board.at()
             now = time.monotonic()
-            if index != seen:
-                if not seen <= index < count:
-                    raise ValueError("a completion that is none of the batch")
+            if not self._reading and index > seen:
                 seen, seen_at = index, now
-            # The process says when scoring started, but it cannot say that of a time after this one saw it.
-            left = (began + READ_S if index < 0 else min(since, seen_at) + self._timeout_s) - now
+                if index >= count:
+                    raise ValueError("a completion that is none of the batch")
+            # The process says since when it is at work, but nothing later than this one has seen it there.
+            since = min(since, seen_at) if index == seen >= 0 else seen_at
+            limit = READ_S if self._reading else self._timeout_s
+            left = since + limit - now
             if left > 0:
-                # Nobody says when the first one starts: it cannot be late before its limit has passed once.
+                # Nobody says when the next one starts: it cannot be late before its limit has passed once.
                 self._poller.poll(1000 * min(left, self._timeout_s) + 1)
-            elif self._is_stuck_at(index, since):
+            elif now - seen_at > limit or self._is_settled():
                 raise TimeoutError
 
-    def _is_stuck_at(self, index: int, since: float) -> bool:
-        """Whether that completion is really late: its number and its start are not written in one stroke."""
+    def _is_settled(self) -> bool:
+        """Whether what stands on the board is what it says: number and start of a completion are not one stroke."""
+        before = self._board.at()
         self._poller.poll(SETTLE_MS)
-        return self._board.at() == (index, since) and (index < 0 or not self._outcomes(index + 1, {})[index:])
-
-    def _at(self, count: int) -> int:
-        """The completion at work, as far as that can be believed; -1 for none."""
-        index = self._board.at()[0]
-        return index if index < count else -1
+        return self._board.at() == before
 
     def _outcomes(self, count: int, reasons: Mapping[int, str]) -> list[Outcome]:
         """Of the first so many items, as far as they have one; equal ones are one object."""

@@ -227,8 +227,9 @@ def _fork(descriptors: Sequence[int], limits: Limits, verifiers: Mapping[str, Ve
         child.die_with_parent(parent)
         down, up, board = _keep(descriptors, quiet=limits.jailed)
         child.main(down, up, board, limits, verifiers)
-    finally:
         os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def _keep(descriptors: Sequence[int], quiet: bool) -> list[int]:
