@@ -255,7 +255,7 @@ def _verdict(verifier: Verifier, completion: str | None, prompt: Prompt) -> tupl
         kind, score, reason = _answer(answer, completion, prompt)
         if not isinstance(verifier, WeightedSum):
             return (kind, score, score), reason
-        score, reward = verifier.total(score, completion or "", prompt)
+        reward, score = verifier.total(score, completion or "", prompt)
         if not math.isfinite(reward):
             return (Kind.FAILED, 0.0, 0.0), f"its terms add up to {reward}"
         return (kind, reward, score), reason

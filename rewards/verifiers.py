@@ -121,16 +121,22 @@ class WeightedSum:
     terms: tuple[tuple[float, Verifier], ...]
     binary_at: float | None = None
 
+    def judge(self, completion: str, prompt: Prompt) -> tuple[float, float]:
+        """The reward, and the answer's own score."""
+        return self.total(self.answer.score(completion, prompt), completion, prompt)
+
     def total(self, score: float, completion: str, prompt: Prompt) -> tuple[float, float]:
-        """What the answer's score counts for, and the reward; a term that cannot read the completion adds nothing."""
+        """The reward of an answer with this score, and what the score counts for.
+
+        A term that cannot read the completion adds nothing.
+        """
         right = score if self.binary_at is None else float(is_right(score, self.binary_at))
-        return right, sum(
-            w * (right if v is self.answer else _term_score(v, completion, prompt)) for w, v in self.terms
-        )
+        scores = (right if term is self.answer else _term_score(term, completion, prompt) for _, term in self.terms)
+        return sum(weight * given for (weight, _), given in zip(self.terms, scores, strict=True)), right
 
     def score(self, completion: str, prompt: Prompt) -> float:
         """The reward."""
-        return self.total(self.answer.score(completion, prompt), completion, prompt)[1]
+        return self.judge(completion, prompt)[0]
 
 
 def _term_score(term: Verifier, completion: str, prompt: Prompt) -> float:

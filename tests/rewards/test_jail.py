@@ -149,8 +149,9 @@ def test_without_landlock_files_are_opened_for_reading_only(tmp_path: Path, monk
 # Calls as Linux numbers them: x86_64, and the table that aarch64 shares with all younger processors.
 HARMFUL = {
     "x86_64": {"open": 2, "socket": 41, "socketpair": 53, "fork": 57, "vfork": 58, "execve": 59, "kill": 62,
-               "ptrace": 101, "unlink": 87, "mount": 165, "setrlimit": 160, "process_vm_readv": 310, "memfd_create": 319, "bpf": 321,
-               "execveat": 322, "userfaultfd": 323, "io_uring_setup": 425, "openat2": 437, "x32 fork": 0x40000039},
+               "ptrace": 101, "unlink": 87, "mount": 165, "setrlimit": 160, "process_vm_readv": 310,
+               "memfd_create": 319, "bpf": 321, "execveat": 322, "userfaultfd": 323, "io_uring_setup": 425,
+               "openat2": 437, "x32 fork": 0x40000039},
     "aarch64": {"unlinkat": 35, "mount": 40, "ptrace": 117, "kill": 129, "tkill": 130, "setrlimit": 164, "socket": 198,
                 "socketpair": 199, "execve": 221, "process_vm_readv": 270, "memfd_create": 279, "bpf": 280,
                 "execveat": 281, "io_uring_setup": 425, "openat2": 437},
