@@ -1,17 +1,17 @@
-"""The scoring process: `pool.py` starts it, feeds it and kills it.
+"""The scoring process: `zygote.py` forks it, `pool.py` feeds it and ends it.
 
-It imports no torch, so that a new one is ready soon after a kill.
+Messages.  Batches of (task, completion, prompt) come in, pickled by the owner.  Out go fixed records alone: verdicts in
+memory that both processes see (`Board`), with the time at which scoring of a completion started, and short messages (a
+byte, a number and some text) for the end of a batch and for reasons.  A completion may have taken this process over, so
+nothing that comes out of it is unpickled, and the owner checks all of it.
 
-Messages.  First the pickled verifiers come in, and out goes "ready" or the reason why not.  Then per batch a list of
-(task, completion, prompt) comes in; verdicts go into memory that both processes see (`Board`), with the time at which
-scoring of a completion started, and one message says that the batch is done.  A message for every completion took
-several times as long as a cheap verifier.
-
-A process that ran out of memory ends: what others' code has kept would be missing for every later completion.
+The process leaves after a completion whose scoring raised something unexpected, which may have left anything behind,
+and after one that ran out of memory; another one goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -19,34 +19,73 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import struct
 import time
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from enum import IntEnum
 from numbers import Real
 
+from rewards import jail
 from rewards.verifiers import WeightedSum
-from rewards.verify import Verifier
+from rewards.verify import READING_ERRORS, SelfTesting, Unreadable, Verifier
 from rollout.types import Prompt
 
-Item = tuple[str, str, Prompt]
-Verdict = tuple[float, float] | str  # the reward and the answer's own score, or why there is none
-READY, DONE = "ready", "done"
+# A task, a completion (None: one that its verifier knows to be right) and a prompt.
+Item = tuple[str, str | None, Prompt]
 CAPACITY = 4096  # completions a batch
+REASON_LENGTH = 300  # characters
+LENGTH = struct.Struct("<Q")  # in front of a batch: its bytes
 _PR_SET_PDEATHSIG = 1
-_REASON_LENGTH = 300
-_LIMITS = resource.getrlimit(resource.RLIMIT_DATA)  # before a verifier's
+_MESSAGE = struct.Struct("<cI")
+LONGEST_MESSAGE = _MESSAGE.size + 4 * REASON_LENGTH
+OPEN_FILES = 256
+_SPARE = 4 * 2**20  # bytes to say in that there is no memory left
+_OUTSIDE_DATA = 2**30  # bytes of shared memory and of libraries that scoring may map besides
+
+
+class Kind(IntEnum):
+    """What came of a completion.
+
+    DOUBTFUL: a verifier that knows right answers failed to read this one; a fresh process says whose fault it is.
+    """
+
+    NONE = 0
+    SCORE = 1
+    UNREADABLE = 2
+    DOUBTFUL = 3
+    FAILED = 4
+
+
+Verdict = tuple[Kind, float, float]  # the reward, and the answer's own score
+READ, DONE, REASON, LEAVING, NO_JAIL = b"R", b"D", b"W", b"L", b"J"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a scoring process may have.
+
+    memory: bytes beside what is there when the verifiers are loaded.  cpu_s: seconds of processor time in all; with
+    half of them used it leaves after the completion at work.  jailed: whether it is confined, too, as far as `kernel`
+    can do it.  readable: files and folders that it may then open.
+    """
+
+    memory: int
+    cpu_s: int
+    jailed: bool
+    kernel: jail.Kernel
+    readable: tuple[str, ...] = ()
 
 
 class Board:
     """Memory that the scoring process writes and its owner reads: who is at work since when, and the verdicts.
 
-    Numbers are here; the reasons of those without any come as messages.
+    The owner believes nothing that stands here: a completion may have written it.
     """
 
     _AT = struct.Struct("<qd")
     _VERDICT = struct.Struct("<qdd")
-    _NONE, _NUMBERS, _REASON = range(3)
     SIZE = _AT.size + CAPACITY * _VERDICT.size
 
     def __init__(self, descriptor: int) -> None:
@@ -69,104 +108,189 @@ class Board:
 
     def put(self, index: int, verdict: Verdict) -> None:
         """What came of a completion."""
-        state, numbers = (self._REASON, (0.0, 0.0)) if isinstance(verdict, str) else (self._NUMBERS, verdict)
-        self._VERDICT.pack_into(self._memory, self._AT.size + index * self._VERDICT.size, state, *numbers)
+        self._VERDICT.pack_into(self._memory, self._AT.size + index * self._VERDICT.size, *verdict)
 
-    def get(self, index: int, reasons: Mapping[int, str]) -> Verdict | None:
-        """What came of a completion; None if nothing did."""
-        state, reward, answer = self._VERDICT.unpack_from(self._memory, self._AT.size + index * self._VERDICT.size)
-        if state == self._NUMBERS:
-            return reward, answer
-        return reasons.get(index) if state == self._REASON else None
+    def get(self, index: int) -> Verdict:
+        """What came of a completion.
+
+        Raises:
+            ValueError: when it is nothing that a scoring process writes.
+        """
+        kind, reward, answer = self._VERDICT.unpack_from(self._memory, self._AT.size + index * self._VERDICT.size)
+        if not (math.isfinite(reward) and math.isfinite(answer)):
+            raise ValueError("a verdict that is no number")
+        return Kind(kind), reward, answer
 
 
-def main(descriptor: int, board: int, parent: int, memory: int) -> None:
-    """Score until the other end of the connection goes away.
+def pack_message(kind: bytes, index: int, text: str = "") -> bytes:
+    """A message to the owner."""
+    return _MESSAGE.pack(kind, index) + text[:REASON_LENGTH].encode(errors="replace")
 
-    descriptor: of this process's end of the connection.
-    board: descriptor of the board's memory.
-    parent: process id of whoever started this one.
-    memory: bytes that scoring may take beside what is there when the verifiers are loaded.
+
+def unpack_message(message: bytes) -> tuple[bytes, int, str]:
+    """Kind, index and text of a message; the text has no character that does anything on a terminal.
+
+    Raises:
+        ValueError: when it is none that a scoring process sends.
     """
-    _die_with(parent)
-    connection: Connection[object, object] = Connection(descriptor)
-    try:
-        verifiers = _load(connection)
-        if verifiers is not None:
-            _limit_memory(memory)
-            _score(connection, Board(board), verifiers)
-    except (EOFError, ConnectionError):
-        return
+    if not _MESSAGE.size <= len(message) <= LONGEST_MESSAGE:
+        raise ValueError(f"a message of {len(message)} bytes")
+    kind, index = _MESSAGE.unpack_from(message)
+    if kind not in (READ, DONE, REASON, LEAVING, NO_JAIL) or index > CAPACITY:
+        raise ValueError("a message of no known kind")
+    text = message[_MESSAGE.size :].decode(errors="replace")
+    return kind, index, "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _die_with(parent: int) -> None:
-    """End with the parent, even inside a verifier that never returns; leave Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGKILL") and os.uname().sysname == "Linux":
+def main(down: int, up: int, board: int, limits: Limits, verifiers: Mapping[str, Verifier]) -> None:
+    """Score until the other end goes away; for a process that was just forked and has one thread.
+
+    down: descriptor of the socket that batches come from.  up: of the one that messages go to.  board: of the memory.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's
+    spare = mmap.mmap(-1, _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    seen = Board(board)
+    os.close(board)
+    _limit(limits)
+    if limits.jailed:
+        try:
+            jail.confine(limits.readable, limits.kernel)
+        except OSError as error:
+            os.write(up, pack_message(NO_JAIL, 0, str(error)))
+            return
+    _score(down, up, seen, verifiers, limits.cpu_s / 2, spare)
+
+
+def die_with_parent(parent: int) -> None:
+    """End with the thread that forked this process, even inside a verifier that never returns."""
+    if hasattr(os, "uname") and os.uname().sysname == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        raise SystemExit("the process that started scoring is gone")
+        os._exit(1)
 
 
-def _limit_memory(extra: int) -> None:
-    """A verifier that eats memory fails by itself, before the machine does."""
+def _limit(limits: Limits) -> None:
+    """A verifier that eats memory or time fails by itself, before the machine does."""
     with open("/proc/self/status") as status:
-        held = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
-    resource.setrlimit(resource.RLIMIT_DATA, (held + extra, _LIMITS[1]))
+        held = {name: int(value.split()[0]) * 1024 for name, value in _sizes(status.read())}
+    bounds = {
+        resource.RLIMIT_DATA: held["VmData"] + limits.memory,
+        resource.RLIMIT_AS: held["VmSize"] + limits.memory + _OUTSIDE_DATA,
+        resource.RLIMIT_CPU: limits.cpu_s,
+        resource.RLIMIT_CORE: 0,
+    }
+    if limits.jailed:
+        bounds |= {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: OPEN_FILES}
+    for which, bound in bounds.items():
+        _, hard = resource.getrlimit(which)
+        bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+        resource.setrlimit(which, (bound, bound))
 
 
-def _load(connection: Connection[object, object]) -> dict[str, Verifier] | None:
-    pickled = connection.recv_bytes()
-    try:
-        verifiers: dict[str, Verifier] = pickle.loads(pickled)
-    except Exception as error:  # noqa: BLE001 - any import can fail in any way; the parent reports it
-        connection.send(_reason(error))
-        return None
-    connection.send(READY)
-    return verifiers
+def _sizes(status: str) -> list[tuple[str, str]]:
+    rows = (line.split(":", 1) for line in status.splitlines() if line.startswith("Vm"))
+    return [(row[0], row[1]) for row in rows]
 
 
-def _score(connection: Connection[object, object], board: Board, verifiers: Mapping[str, Verifier]) -> None:
+def _score(down: int, up: int, board: Board, verifiers: Mapping[str, Verifier], cpu_s: float, spare: mmap.mmap) -> None:
     first = True
-    while True:
-        items: list[Item] = connection.recv()  # type: ignore[assignment]
+    while (batch := _receive(down)) is not None:
+        items: list[Item] = pickle.loads(batch)
+        os.write(up, pack_message(READ, 0))
         for index, (task, completion, prompt) in enumerate(items):
+            if time.process_time() > cpu_s:
+                os.write(up, pack_message(LEAVING, index))
+                return
             board.start(index)
             try:
-                _tell(connection, board, index, _verdict(verifiers[task], completion, prompt))
+                verdict, reason = _verdict(verifiers[task], completion, prompt)
             except MemoryError as error:
-                resource.setrlimit(resource.RLIMIT_DATA, _LIMITS)  # no room is left to say so
-                if first:
-                    _tell(connection, board, index, _reason(error))
-                else:
-                    board.start(index - 1)  # completions before it may have kept the memory: a new process tries it
-                os.killpg(os.getpid(), signal.SIGKILL)
+                with contextlib.suppress(BufferError):
+                    spare.close()
+                if first:  # else completions before it may have kept the memory: a new process tries it
+                    os.write(up, pack_message(REASON, index, reason_of(error)))
+                    board.put(index, (Kind.FAILED, 0.0, 0.0))
+                os.write(up, pack_message(LEAVING, index + first))
+                return
+            if reason:
+                os.write(up, pack_message(REASON, index, reason))
+            board.put(index, verdict)
+            if verdict[0] is Kind.FAILED:
+                os.write(up, pack_message(LEAVING, index + 1))
+                return
             first = False
-        connection.send(DONE)
+        os.write(up, pack_message(DONE, 0))
 
 
-def _tell(connection: Connection[object, object], board: Board, index: int, verdict: Verdict) -> None:
-    if isinstance(verdict, str):
-        connection.send((index, verdict))
-    board.put(index, verdict)
+def _receive(down: int) -> bytes | None:
+    """The next batch; None when the owner has gone."""
+    head = _read(down, LENGTH.size)
+    return None if head is None else _read(down, LENGTH.unpack(head)[0])
 
 
-def _verdict(verifier: Verifier, completion: str, prompt: Prompt) -> Verdict:
-    """Raises MemoryError alone, whatever the verifier raises."""
+def _read(down: int, count: int) -> bytes | None:
+    found = bytearray()
+    while len(found) < count:
+        part = os.read(down, min(count - len(found), 2**20))
+        if not part:
+            return None
+        found += part
+    return bytes(found)
+
+
+def send_batch(down: socket.socket, items: list[Item]) -> None:
+    """The owner's side of `_receive`; waits as long as the socket's time-out says.
+
+    Raises:
+        OSError: when the scoring process has gone, or does not take it (TimeoutError).
+    """
+    batch = pickle.dumps(items)
+    down.sendall(LENGTH.pack(len(batch)) + batch)
+
+
+def _verdict(verifier: Verifier, completion: str | None, prompt: Prompt) -> tuple[Verdict, str]:
+    """What a verifier says, and why if it says nothing.  Raises MemoryError alone, whatever the verifier raises."""
     try:
-        if isinstance(verifier, WeightedSum):
-            reward, answer = verifier.judge(completion, prompt)
-            return (float(reward), answer) if math.isfinite(reward) else f"its terms add up to {reward}"
-        score: object = verifier.score(completion, prompt)  # a promise that others' code may not keep
-        if isinstance(score, Real) and math.isfinite(number := float(score)):
-            return number, number
-        return f"returned {score!a}, not a finite number"[:_REASON_LENGTH]
+        answer = verifier.answer if isinstance(verifier, WeightedSum) else verifier
+        kind, score, reason = _answer(answer, completion, prompt)
+        if not isinstance(verifier, WeightedSum):
+            return (kind, score, score), reason
+        reward, score = verifier.total(score, completion or "", prompt)
+        if not math.isfinite(reward):
+            return (Kind.FAILED, 0.0, 0.0), f"its terms add up to {reward}"
+        return (kind, reward, score), reason
     except MemoryError:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever others' code does is one completion's affair
-        return _reason(error)
+    except BaseException as error:  # noqa: BLE001 - whatever others' code does is one completion's affair
+        return (Kind.FAILED, 0.0, 0.0), reason_of(error)
 
 
-def _reason(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
-    return text.encode(errors="replace").decode()  # half a surrogate pair in it could not be sent
+def _answer(verifier: Verifier, completion: str | None, prompt: Prompt) -> tuple[Kind, float, str]:
+    """The answer's own score; 0 for one that cannot be read."""
+    if completion is None:
+        completion = verifier.known_good(prompt) if isinstance(verifier, SelfTesting) else None
+        if completion is None:
+            raise LookupError("no right answer is known")
+    try:
+        score: object = verifier.score(completion, prompt)  # a promise that others' code may not keep
+    except Unreadable as error:
+        return Kind.UNREADABLE, 0.0, reason_of(error)
+    except READING_ERRORS as error:
+        if not isinstance(verifier, SelfTesting):
+            raise
+        return Kind.DOUBTFUL, 0.0, reason_of(error)
+    if not isinstance(score, Real) or not math.isfinite(number := float(score)):
+        raise ValueError(f"returned {score!a}, not a finite number")
+    return Kind.SCORE, number, ""
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in at most `REASON_LENGTH` characters."""
+    name = type(error).__name__
+    try:
+        text = " ".join(f"{name}: {error}"[: 4 * REASON_LENGTH].split())
+    except MemoryError:
+        return name
+    except BaseException:  # noqa: BLE001 - an exception's own text is others' code, too
+        text = name
+    return text[:REASON_LENGTH]

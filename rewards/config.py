@@ -235,8 +235,9 @@ class RewardsConfig(BaseModel):
 
     workers: reward workers, each with up to `processes` scoring processes: one from the start, more when calls
         would wait for each other.
-    binary_at: when set, a score of at least this counts as 1 and anything less as 0.
-    timeout_s: limit for scoring ONE completion; past it the verifier's process is killed and the
+    binary_at: when set, a score of at least this counts as 1 and anything less as 0; 1 means right answers alone.  None
+        trains on the score itself, of which 1 is right.  Floating-point sums may be 1e-9 below.
+    timeout_s: limit for scoring ONE completion; past it the verifier's process is ended and the
         completion is masked, never scored zero.
     memory_mb: what a verifier may take beside its own data and what it has imported; past it Python raises MemoryError
         in it, the completion is masked, and the scoring process starts anew.
@@ -244,13 +245,27 @@ class RewardsConfig(BaseModel):
         whose answers make the verifier slow on purpose.  A verifier that fails masks in any case.
     masked_limit: a run stops, naming the verifier, when a task's share of masked completions is above
         this over its last groups (50 at least, 200 at most).
+    unreadable_warning, unreadable_limit: shares of a task's completions over its last 200 groups that its verifier
+        could not read, which are wrong answers: above the first a run says so, above the second it stops.
+    jail: what confines scoring processes beside limits: `best_effort` takes what the kernel offers (Landlock, seccomp),
+        `require` refuses to start where one of them is missing, `off` is for verifiers of your own that need files,
+        programs or a network.
+    jail_exempt: names of tasks whose verifiers run outside the jail, with this process's environment and folder.
+    isolate: `process` scores one completion after another in a process, `completion` gives every one a process.
+    reuse: completions that a process scores before another one replaces it.
     """
 
     model_config = FROZEN
     workers: int = Field(1, ge=1)
     processes: int = Field(2, ge=1)
-    binary_at: float | None = 0.99
+    binary_at: float | None = 1.0
     timeout_s: float = Field(10.0, gt=0.0)
     memory_mb: float = Field(4096.0, gt=0.0)
     on_timeout: Literal["mask", "zero"] = "mask"
     masked_limit: float = Field(0.2, gt=0.0, le=1.0)
+    unreadable_warning: float = Field(0.2, gt=0.0, le=1.0)
+    unreadable_limit: float = Field(0.98, gt=0.0, le=1.0)
+    jail: Literal["require", "best_effort", "off"] = "best_effort"
+    jail_exempt: tuple[str, ...] = ()
+    isolate: Literal["process", "completion"] = "process"
+    reuse: int = Field(8192, ge=1)

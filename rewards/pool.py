@@ -1,58 +1,52 @@
-"""Scoring in a process that can be killed: a verifier that hangs or dies costs one completion."""
+"""Scoring in a process that can be ended: a completion that makes a verifier hang, fail or run wild costs itself."""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
-import pickle
 import select
-import signal
-import subprocess
-import sys
+import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Pipe
+from typing import NamedTuple
 
-from rewards.child import CAPACITY, DONE, READY, Board, Item, Verdict
-from rewards.verify import RewardsError, Verifier
-from rollout.types import RewardStatus, Score
+from rewards import child
+from rewards.child import CAPACITY, DONE, LEAVING, LONGEST_MESSAGE, NO_JAIL, READ, Board, Item, Kind, Verdict
+from rewards.verify import RewardsError, is_right
+from rewards.zygote import Zygote
+from rollout.types import Prompt, RewardStatus, Score
 
 LATE_IN_A_ROW = 3
 NOT_ASKED = f"{LATE_IN_A_ROW} times in a row: not asked again"
 SETTLE_MS = 5
-START_S = 180.0  # a cold import of a large verifier library on a loaded machine stays well below this
+READ_S = 60.0  # reading a batch takes milliseconds, but its payloads may import what they are made of
+SOUND_KEPT = 100_000  # prompts
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Outcome(NamedTuple):
+    """What came of an item; in doubt until it is known whether the verifier reads a right answer to its prompt."""
+
+    score: Score
+    in_doubt: bool = False
 
 
 class ScoringProcess:
-    """One warm process that scores one completion after another.
+    """One warm process that scores one completion after another, and is replaced when one may have spoilt it."""
 
-    It ends with the THREAD that started it (Linux ties a child to the thread), so an owner should
-    call it from one lasting thread.
-    """
+    def __init__(self, zygote: Zygote, timeout_s: float, reuse: int) -> None:
+        """timeout_s: limit for one completion, in seconds, from the moment its scoring starts.
 
-    def __init__(self, verifiers: Mapping[str, Verifier], timeout_s: float, memory_mb: float) -> None:
-        """verifiers: by task name, importable where a new Python with this one's `sys.path` starts.
-
-        timeout_s: limit for one completion, in seconds, from the moment its scoring starts.
-        memory_mb: that scoring may take, beside what the process holds when it is ready.
+        reuse: number of completions after which the process is replaced.
 
         Raises:
-            RewardsError: when the verifiers cannot be pickled or loaded in the new process.
+            RewardsError: when no process can be started.
         """
-        try:
-            self._pickled = pickle.dumps(dict(verifiers))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise RewardsError(f"the verifiers of {list(verifiers)} cannot be pickled: {error}") from error
-        self._names = list(verifiers)
-        self._timeout_s, self._memory = timeout_s, int(memory_mb * 2**20)
+        self._zygote, self._timeout_s, self._reuse = zygote, timeout_s, reuse
+        self._sound: dict[tuple[str, str], bool] = {}
         self.restarts = -1
         self._start()
-
-    @property
-    def pid(self) -> int:
-        """Process id of the scoring process that is running now."""
-        return self._process.pid
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One score per item, in order; see `Item` for what an item is.
@@ -61,141 +55,223 @@ class ScoringProcess:
         be mute on all, and everything else would wait.
 
         Raises:
-            RewardsError: when a new process that is needed after a time-out does not start.
+            RewardsError: when a new process that is needed does not start.
         """
-        scores: dict[int, Score] = {}
+        outcomes = self._judge(items)
+        both = zip(items, outcomes, strict=True)
+        doubted = {(task, prompt.key): prompt for (task, _, prompt), (_, in_doubt) in both if in_doubt}
+        if not doubted:
+            return [outcome.score for outcome in outcomes]
+        self._try_right_answers(doubted)
+        return [
+            outcome.score if not outcome.in_doubt or self._sound[task, prompt.key] else _not_sound(outcome.score)
+            for (task, _, prompt), outcome in zip(items, outcomes, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the process and whatever it has started; may be called twice."""
+        if not self._closed:
+            self._end()
+
+    def _try_right_answers(self, prompts: Mapping[tuple[str, str], Prompt]) -> None:
+        """Notes for which prompts a right answer scores 1, in a process that has met no answer of a stranger."""
+        if len(self._sound) > SOUND_KEPT:
+            self._sound.clear()
+        new = {key: prompt for key, prompt in prompts.items() if key not in self._sound}
+        fresh = ScoringProcess(self._zygote, self._timeout_s, self._reuse)
+        try:
+            outcomes = fresh._judge([(task, None, prompt) for (task, _), prompt in new.items()])
+        finally:
+            fresh.close()
+        for key, (score, in_doubt) in zip(new, outcomes, strict=True):
+            self._sound[key] = score.status is RewardStatus.OK and not in_doubt and is_right(score.right)
+
+    def _judge(self, items: Sequence[Item]) -> list[Outcome]:
+        found: dict[int, Outcome] = {}
         waiting = list(range(len(items)))
         late: Counter[str] = Counter()
         idle_deaths = 0
         while waiting:
-            answered = self._score_until_restart([items[i] for i in waiting[:CAPACITY]])
+            if self._left <= 0:  # only now: there may be nothing more to score
+                self._restart()
+            answered = self._judge_until_replaced([items[i] for i in waiting[: min(CAPACITY, self._left)]])
+            self._left -= len(answered)
             idle_deaths = 0 if answered else idle_deaths + 1
             if idle_deaths > 1:
                 raise RewardsError(
-                    f"the process that scores {self._names} ends before it starts on a completion; "
-                    "its standard error says why (can it import what the prompts' payloads hold?)"
+                    f"the process that scores {self._zygote.names} ends before it has read what to score: "
+                    "can it import what the prompts' payloads hold?"
                 )
-            for i, score in zip(waiting, answered, strict=False):
-                scores[i], task = score, items[i][0]
-                late[task] = late[task] + 1 if score.status is RewardStatus.TIMEOUT else 0
+            for i, outcome in zip(waiting, answered, strict=False):
+                found[i], task = outcome, items[i][0]
+                late[task] = late[task] + 1 if outcome.score.status is RewardStatus.TIMEOUT else 0
             waiting = waiting[len(answered) :]
             hopeless = {task for task, count in late.items() if count >= LATE_IN_A_ROW}
-            not_tried = f"no verdict within {self._timeout_s:g} s, {NOT_ASKED}"
-            scores |= {i: _masked(RewardStatus.TIMEOUT, not_tried) for i in waiting if items[i][0] in hopeless}
-            waiting = [i for i in waiting if i not in scores]
-        return [scores[i] for i in range(len(items))]
+            not_tried = Outcome(_masked(RewardStatus.TIMEOUT, f"{self._late}, {NOT_ASKED}"))
+            found |= {i: not_tried for i in waiting if items[i][0] in hopeless}
+            waiting = [i for i in waiting if i not in found]
+        return [found[i] for i in range(len(items))]
 
-    def close(self) -> None:
-        """End the process and whatever it has started; may be called twice."""
-        self._connection.close()
-        if self._process.returncode is None:
-            # Also when it is gone already: what it has started may still be there.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+    def _judge_until_replaced(self, items: list[Item]) -> list[Outcome]:
+        """Outcomes of the first items: all of them, or up to the one that made a new process necessary.
 
-    def _score_until_restart(self, items: Sequence[Item]) -> list[Score]:
-        """Scores of the first items: all of them, or up to the one that made a new process necessary.
-
-        None at all when the process was gone before it started on the first one.
+        None at all when the process was gone before it had read them.
         """
         self._board.clear(len(items))
+        self._reading = True
         reasons: dict[int, str] = {}
-        began = time.monotonic()
         try:
-            self._connection.send(list(items))
-            while not self._is_done(reasons):
-                index, since = self._board.at()
-                # Before the first one the batch is still being read, which is no verifier's fault.
-                limit, since = (START_S, began) if index < 0 else (self._timeout_s, since)
-                left = since + limit - time.monotonic()
-                if left > 0:
-                    # Nobody says when the first one starts: it cannot be late before its limit has passed once.
-                    self._poller.poll(1000 * min(left, self._timeout_s) + 1)
-                elif self._is_stuck_at(index, reasons):
-                    finished = self._scores(index, reasons)
-                    self._restart()
-                    late = _masked(RewardStatus.TIMEOUT, f"no verdict within {self._timeout_s:g} s")
-                    return [*finished, late] if index >= 0 else []
-        except (EOFError, ConnectionError):
-            self.close()  # an exit under way keeps its code
-            reason = f"the verifier ended its process (exit code {self._process.returncode})"
-            index = self._board.at()[0]
-            finished = self._scores(index + 1, reasons)
+            child.send_batch(self._down, items)
+            finished = self._wait(len(items), reasons)
+        except TimeoutError:
+            outcomes = self._cut_short(len(items), reasons, _masked(RewardStatus.TIMEOUT, self._late))
+            self._restart()
+            return outcomes
+        except ConnectionError:
+            code = self._end()
+            outcomes = self._cut_short(
+                len(items), reasons, _failed(f"the verifier ended its process (exit code {code})")
+            )
             self._start()
-            return finished if len(finished) > index else [*finished, _masked(RewardStatus.ERROR, reason)]
-        return self._scores(len(items), reasons)
+            return outcomes
+        except ValueError as error:  # ours says no such thing
+            outcomes = self._cut_short(len(items), reasons, _failed(f"its process was taken over: {error}"))
+            self._restart()
+            return outcomes
+        outcomes = self._outcomes(finished, reasons)
+        if finished < len(items):
+            self._left = 0
+        if len(outcomes) < finished:
+            self._left = 0
+            outcomes.append(Outcome(_failed("its process was taken over: a verdict is missing")))
+        return outcomes
 
-    def _is_done(self, reasons: dict[int, str]) -> bool:
-        """Takes the messages that are there; whether the last one was among them."""
-        while self._poller.poll(0):
-            message = self._connection.recv()
-            if message == DONE:
-                return True
-            reasons[message[0]] = message[1]
-        return False
+    def _cut_short(self, count: int, reasons: Mapping[int, str], why: Score) -> list[Outcome]:
+        """Outcomes up to the completion at work, which gets `why` if it has none."""
+        if self._reading:
+            return []
+        index = min(max(self._board.at()[0], 0), count - 1)
+        outcomes = self._outcomes(index + 1, reasons)
+        return outcomes if len(outcomes) > index else [*outcomes, Outcome(why)]
 
-    def _is_stuck_at(self, index: int, reasons: dict[int, str]) -> bool:
-        """Whether that completion is really late: its number and its start are not written in one stroke."""
-        since = self._board.at()[1]
+    def _wait(self, count: int, reasons: dict[int, str]) -> int:
+        """Waits until the process has done what it will do of a batch; how many completions that are.
+
+        Raises:
+            TimeoutError: a completion is late, or the batch is not read.
+            ConnectionError: the process has ended.
+            ValueError: it says what none of ours says.
+        """
+        seen, seen_at, messages = -1, time.monotonic(), 0
+        while True:
+            while self._poller.poll(0):
+                messages += 1
+                kind, index, text = child.unpack_message(self._up.recv(LONGEST_MESSAGE + 1) or _gone())
+                if messages > count + 2 or index > count:
+                    raise ValueError("more messages than completions")
+                if kind == NO_JAIL:
+                    raise RewardsError(
+                        f"the process that scores {self._zygote.names} cannot be confined ({text}): "
+                        "set rewards.jail: off to do without"
+                    )
+                if kind in (DONE, LEAVING):
+                    return count if kind == DONE else index
+                if kind == READ:
+                    self._reading, seen, seen_at = False, 0, time.monotonic()
+                else:
+                    reasons[index] = text
+            index, since = self._board.at()
+            now = time.monotonic()
+            if not self._reading and index > seen:
+                seen, seen_at = index, now
+                if index >= count:
+                    raise ValueError("a completion that is none of the batch")
+            # The process says since when it is at work, but nothing later than this one has seen it there.
+            since = min(since, seen_at) if index == seen >= 0 else seen_at
+            limit = READ_S if self._reading else self._timeout_s
+            left = since + limit - now
+            if left > 0:
+                # Nobody says when the next one starts: it cannot be late before its limit has passed once.
+                self._poller.poll(1000 * min(left, self._timeout_s) + 1)
+            elif now - seen_at > limit or self._is_settled():
+                raise TimeoutError
+
+    def _is_settled(self) -> bool:
+        """Whether what stands on the board is what it says: number and start of a completion are not one stroke."""
+        before = self._board.at()
         self._poller.poll(SETTLE_MS)
-        return self._board.at() == (index, since) and self._board.get(max(index, 0), reasons) is None
+        return self._board.at() == before
 
-    def _scores(self, count: int, reasons: dict[int, str]) -> list[Score]:
-        """Of the first so many items, as far as they have one; equal scores are one object."""
-        known: dict[Verdict, Score] = {}
-        scores = []
+    def _outcomes(self, count: int, reasons: Mapping[int, str]) -> list[Outcome]:
+        """Of the first so many items, as far as they have one; equal ones are one object."""
+        known: dict[tuple[Verdict, str], Outcome] = {}
+        outcomes = []
         for index in range(count):
-            verdict = self._board.get(index, reasons)
-            if verdict is None:
+            try:
+                verdict = self._board.get(index)
+            except ValueError:
                 break
-            if verdict not in known:
-                known[verdict] = _score(verdict)
-            scores.append(known[verdict])
-        return scores
+            if verdict[0] is Kind.NONE:
+                break
+            key = verdict, "" if verdict[0] is Kind.SCORE else reasons.get(index, "")
+            if key not in known:
+                known[key] = _outcome(*key)
+            outcomes.append(known[key])
+        return outcomes
 
     def _restart(self) -> None:
-        self.close()
+        self._end()
         self._start()
 
+    def _end(self) -> int:
+        """Ends the process; its exit code."""
+        self._closed = True
+        self._down.close()
+        self._up.close()
+        return self._zygote.end(self.pid)
+
     def _start(self) -> None:
-        """Start a process and wait until it has loaded the verifiers."""
-        # Not multiprocessing: its `spawn` runs the caller's main module again, which under Ray is Ray's own worker.
-        self._connection, theirs = Pipe()
-        memory = os.memfd_create("verdicts")
+        self._down, down = socket.socketpair()
+        self._up, up = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        memory = os.memfd_create("verdicts", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(memory, Board.SIZE)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)  # a file that shrank would end whoever reads its memory
         self._board = Board(memory)
-        paths = [os.path.abspath(path) for path in sys.path]
-        call = f"import sys; sys.path[:] = {paths!r}; from rewards.child import main"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"{call}; main({theirs.fileno()}, {memory}, {os.getpid()}, {self._memory})"],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno(), memory],
-            start_new_session=True,  # so that a kill takes along what a verifier has started
-        )
-        theirs.close()
-        os.close(memory)
-        self._poller = select.poll()  # Connection.poll would set up a new one for every completion
-        self._poller.register(self._connection, select.POLLIN)
-        self.restarts += 1
-        self._handshake()
-
-    def _handshake(self) -> None:
         try:
-            self._connection.send_bytes(self._pickled)
-            answer = self._connection.recv() if self._connection.poll(START_S) else f"it was silent for {START_S:g} s"
-        except (EOFError, ConnectionError):
-            self.close()
-            answer = f"it ended with exit code {self._process.returncode}"
-        if answer != READY:
-            self.close()
-            raise RewardsError(f"the process that scores {self._names} did not start: {answer}")
+            self.pid = self._zygote.fork(down.fileno(), up.fileno(), memory)
+        finally:
+            down.close()
+            up.close()
+            os.close(memory)
+        self._down.settimeout(READ_S)
+        self._poller = select.poll()
+        self._poller.register(self._up, select.POLLIN)
+        self._left, self._closed = self._reuse, False
+        self.restarts += 1
+
+    @property
+    def _late(self) -> str:
+        return f"no verdict within {self._timeout_s:g} s"
 
 
-def _score(verdict: Verdict) -> Score:
-    if isinstance(verdict, str):
-        return _masked(RewardStatus.ERROR, verdict)
-    return Score(reward=verdict[0], answer=verdict[1])
+def _gone() -> bytes:
+    raise ConnectionResetError("the scoring process has gone")
+
+
+def _outcome(verdict: Verdict, reason: str) -> Outcome:
+    kind, reward, answer = verdict
+    if kind is Kind.FAILED:
+        return Outcome(_failed(reason))
+    unreadable = kind is not Kind.SCORE
+    return Outcome(Score(reward=reward, answer=answer, unreadable=unreadable, reason=reason), kind is Kind.DOUBTFUL)
+
+
+def _not_sound(score: Score) -> Score:
+    return _failed(f"{score.reason}, and no right answer is known that it reads")
+
+
+def _failed(reason: str) -> Score:
+    return _masked(RewardStatus.ERROR, reason)
 
 
 def _masked(status: RewardStatus, reason: str) -> Score:

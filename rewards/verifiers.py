@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 from rewards.config import RewardTerm, TaskConfig
 from rewards.numbers import NumberVerifier, final_part
-from rewards.verify import ExactInteger, RewardsError, Verifier
+from rewards.verify import ExactInteger, RewardsError, Unreadable, Verifier, is_right
 from rollout.types import Prompt
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -125,16 +123,27 @@ class WeightedSum:
 
     def judge(self, completion: str, prompt: Prompt) -> tuple[float, float]:
         """The reward, and the answer's own score."""
-        right: Any = self.answer.score(completion, prompt)
-        if not isinstance(right, Real) or not math.isfinite(float(right)):
-            raise ValueError(f"the answer's verifier returned {right!a}, not a finite number")
-        right = float(right) if self.binary_at is None else float(float(right) >= self.binary_at)
-        reward = sum(w * (right if v is self.answer else v.score(completion, prompt)) for w, v in self.terms)
-        return reward, right
+        return self.total(self.answer.score(completion, prompt), completion, prompt)
+
+    def total(self, score: float, completion: str, prompt: Prompt) -> tuple[float, float]:
+        """The reward of an answer with this score, and what the score counts for.
+
+        A term that cannot read the completion adds nothing.
+        """
+        right = score if self.binary_at is None else float(is_right(score, self.binary_at))
+        scores = (right if term is self.answer else _term_score(term, completion, prompt) for _, term in self.terms)
+        return sum(weight * given for (weight, _), given in zip(self.terms, scores, strict=True)), right
 
     def score(self, completion: str, prompt: Prompt) -> float:
         """The reward."""
         return self.judge(completion, prompt)[0]
+
+
+def _term_score(term: Verifier, completion: str, prompt: Prompt) -> float:
+    try:
+        return term.score(completion, prompt)
+    except Unreadable:
+        return 0.0
 
 
 def with_settings(task: TaskConfig, own: Verifier) -> Verifier:

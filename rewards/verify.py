@@ -16,6 +16,14 @@ READING_ERRORS = (
 _MOST_DIGITS = 1000  # an answer that goes on for longer is none
 
 
+_TOLERANCE = 1e-9  # sums of floating-point numbers that should be 1
+
+
+def is_right(score: float, binary_at: float | None = None) -> bool:
+    """Whether a score is a right answer's: 1, or what `rewards.binary_at` says instead."""
+    return score >= (1.0 if binary_at is None else binary_at) - _TOLERANCE
+
+
 class RewardsError(ValueError):
     """A task, its data or its verifier is not usable; one line naming the setting and what to do."""
 

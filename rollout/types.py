@@ -103,18 +103,30 @@ class Score:
 
     reward: what is trained on.
     answer: the answer's own score, which says whether it is right; None where that is the reward.
-    reason: why there is no verdict.
+    reason: why there is no verdict, or why the answer is unreadable.
+    unreadable: whether it is wrong because its verifier could not read it.
     """
 
     reward: float
     status: RewardStatus = RewardStatus.OK
     reason: str = ""
     answer: float | None = None
+    unreadable: bool = False
 
     @property
     def right(self) -> float:
         """The answer's own score."""
         return self.reward if self.answer is None else self.answer
+
+    def row(self) -> tuple[float, str, str, float | None, bool]:
+        """As plain data."""
+        return self.reward, self.status.value, self.reason, self.answer, self.unreadable
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> Score:
+        """What `row` made, or what it made when answers could not be unreadable yet."""
+        reward, status, reason, answer, *rest = row
+        return cls(reward=reward, status=RewardStatus(status), reason=reason, answer=answer, unreadable=any(rest))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,7 +357,7 @@ def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
 
 def _pack_scores(scores: Sequence[Sequence[Score]]) -> tuple[list[Any], list[int]]:
     distinct, places = distinct_objects([score for mine in scores for score in mine])
-    return [(s.reward, s.status.value, s.reason, s.answer) for s in distinct], places
+    return [score.row() for score in distinct], places
 
 
 def _prompt(packed: tuple[Any, ...]) -> Prompt:
@@ -369,7 +381,7 @@ def _unpack(packed: tuple[Any, ...]) -> tuple[Group, ...]:
         Completion(tokens=t, logprobs=p, text=text, finish=FinishReason(finish))
         for t, p, text, finish in zip(_cut(tokens), _cut(logprobs), texts, finishes, strict=True)
     ]
-    judged = [Score(reward=r, status=RewardStatus(s), reason=why, answer=a) for r, s, why, a in verdicts]
+    judged = [Score.from_row(row) for row in verdicts]
     completions, scores = (distinct[i] for i in said), (judged[i] for i in scored)
     columns = zip(prompts, samplings, routers, prefixes, counts, choices, strict=True)
     arrays = zip(_cut(tokenised), _cut(masks), _cut(sketches), _cut(attentions), strict=True)

@@ -16,7 +16,6 @@ from rollout.types import (
     FinishReason,
     Group,
     Prompt,
-    RewardStatus,
     RouterStamp,
     Sampling,
     Score,
@@ -79,7 +78,7 @@ def _pack(group: Group) -> dict[str, Any]:
         "prefix_rms_ratio": group.prefix_rms_ratio,
         "feature_keys": group.feature_keys,
         "attention": group.attention.tolist(),
-        "scores": [[score.reward, score.status, score.reason, score.answer] for score in group.scores],
+        "scores": [score.row() for score in group.scores],
     }
 
 
@@ -119,7 +118,5 @@ def _unpack(packed: dict[str, Any], prompt: Callable[[int, int | None], Prompt])
         prefix_rms_ratio=packed["prefix_rms_ratio"],
         feature_keys=tuple(packed["feature_keys"]),
         attention=np.array(packed["attention"], dtype=np.float32),
-        scores=tuple(
-            Score(reward=r, status=RewardStatus(s), reason=why, answer=a) for r, s, why, a in packed["scores"]
-        ),
+        scores=tuple(Score.from_row(row) for row in packed["scores"]),
     )

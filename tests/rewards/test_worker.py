@@ -8,16 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rewards.config import RewardsConfig
+from rewards.verifiers import LengthTerm, WeightedSum
 from rewards.verify import ExactInteger, RewardsError
 from rewards.worker import RewardWorker
 from rollout.types import Completion, Draws, FinishReason, Group, RewardStatus, RouterStamp, Sampling, Score
-from tests.rewards.verifiers import Obedient, Unloadable, a_prompt
+from tests.rewards.verifiers import Knowing, Obedient, Unloadable, a_prompt
 
 OK, TIMEOUT, ERROR = RewardStatus.OK, RewardStatus.TIMEOUT, RewardStatus.ERROR
 LIMIT_S = 1.0
@@ -183,13 +185,76 @@ def test_scores_are_mapped_to_zero_and_one_at_the_threshold() -> None:
     assert scores[3].status is ERROR
 
 
+def test_right_is_exact_where_the_score_itself_is_the_reward() -> None:
+    with closing(RewardWorker({"task": Obedient()}, RewardsConfig(binary_at=None))) as worker:
+        shaped = verdicts(worker, "0.99", "0.9999999999", "1")
+    assert [score.reward for score in shaped] == [0.99, 0.9999999999, 1.0]
+    assert [score.right for score in shaped] == [0.0, 1.0, 1.0]
+    with closing(RewardWorker({"task": Obedient()}, RewardsConfig())) as worker:
+        assert [score.reward for score in verdicts(worker, "0.99", "0.9999999999", "1")] == [0.0, 1.0, 1.0]
+
+
+def test_an_unreadable_answer_is_wrong_and_counted() -> None:
+    sums = WeightedSum(Obedient(), ((1.0, Obedient()), (0.5, LengthTerm(1000))))
+    with closing(RewardWorker({"task": Obedient(), "sum": sums}, RewardsConfig())) as worker:
+        scores = [
+            *verdicts(worker, "unreadable what is this", "1"),
+            *worker.score_groups([a_group("unreadable", task="sum")])[0].scores,
+        ]
+        counts = worker.describe()
+    assert [score.status for score in scores] == [OK] * 3
+    assert [(score.reward, score.right, score.unreadable) for score in scores] == [
+        (0, 0, True),
+        (1, 1, False),
+        (0.5, 0, True),
+    ]
+    assert scores[0].reason == "Unreadable: what is this"
+    assert counts["unreadable"] == {"task": 1, "sum": 1} and counts["masked"] == {"task": 0, "sum": 0}
+    assert counts["restarts"] == 0, "nothing unexpected has happened"
+
+
+def test_a_failure_to_read_is_the_answer_s_if_a_right_answer_can_be_read() -> None:
+    verifiers = {"task": Obedient(), "known": Knowing("1"), "broken": Knowing("key lost"), "unknown": Knowing(None)}
+    with closing(RewardWorker(verifiers, RewardsConfig(timeout_s=LIMIT_S))) as worker:
+        tried = {
+            name: worker.score_groups([a_group("key lost", "raise oops", "1", task=name)])[0].scores
+            for name in verifiers
+        }
+    statuses = {name: [score.status for score in scores] for name, scores in tried.items()}
+    # Only a verifier that knows a right answer is believed: the fault may be its own.
+    assert statuses == {
+        "task": [ERROR, ERROR, OK],
+        "known": [OK, ERROR, OK],
+        "broken": [ERROR, ERROR, OK],
+        "unknown": [ERROR, ERROR, OK],
+    }
+    assert [score.unreadable for score in tried["known"]] == [True, False, False]
+    assert tried["broken"][0].reason == "KeyError: 'lost', and no right answer is known that it reads"
+
+
+def test_right_answers_are_tried_where_no_answer_has_been() -> None:
+    """The answer in doubt has made every answer right in its own process; in a fresh one the right one is wrong."""
+    with closing(RewardWorker({"known": Knowing("0.5")}, RewardsConfig())) as worker:
+        (score,) = worker.score_groups([a_group("spoil", task="known")])[0].scores
+    assert score.status is ERROR
+
+
+def test_a_process_is_replaced_after_so_many_completions_and_after_a_failure() -> None:
+    with closing(RewardWorker({"task": Obedient()}, RewardsConfig(reuse=3, binary_at=None))) as worker:
+        assert [s.reward for s in verdicts(worker, *[f"0.{n}" for n in range(1, 8)])] == [n / 10 for n in range(1, 8)]
+        assert worker.describe()["restarts"] == 2
+        assert [s.status for s in verdicts(worker, "raise oops", "1")] == [ERROR, OK]
+        assert worker.describe()["restarts"] == 3
+
+
 def test_the_scoring_process_imports_no_torch(worker: RewardWorker) -> None:
     assert [s.reward for s in verdicts(worker, "imported torch", "imported ray", "imported rewards.child")] == [0, 0, 1]
 
 
-def test_a_time_out_takes_along_what_the_verifier_started(worker: RewardWorker, tmp_path: Path) -> None:
+def test_a_time_out_takes_along_what_the_verifier_started(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    assert verdicts(worker, f"child {note}")[0].status is TIMEOUT
+    with closing(RewardWorker({"task": Obedient()}, RewardsConfig(timeout_s=LIMIT_S, jail="off"))) as worker:
+        assert verdicts(worker, f"child {note}")[0].status is TIMEOUT
     assert gone(int(note.read_text()))
 
 

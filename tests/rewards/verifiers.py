@@ -6,9 +6,11 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rewards import Unreadable
 from rewards.config import DataConfig, TaskConfig
 from rollout.types import Message, Prompt
 
@@ -35,8 +37,11 @@ class Obedient:
             size, count = map(int, argument.split())
             self.kept.extend(bytes(size) for _ in range(count))
             return 1.0
-        if command == "raise":
-            raise LookupError(argument)
+        if command in _RAISED:
+            raise _RAISED[command](argument)
+        if command == "spoil":
+            type(self).score = lambda *_: 1.0  # type: ignore[method-assign]
+            raise KeyError
         if command == "exit":
             sys.exit(3)
         if command == "die":
@@ -53,7 +58,18 @@ class Obedient:
         )
 
 
+_RAISED = {"raise": LookupError, "unreadable": Unreadable, "key": KeyError}
 _ODD = {"nan", "text", "none", "huge"}
+
+
+@dataclass(frozen=True)
+class Knowing(Obedient):
+    """One that knows a right answer, or believes that it does."""
+
+    answer: str | None
+
+    def known_good(self, prompt: Prompt) -> str | None:
+        return self.answer
 
 
 class Unloadable:
