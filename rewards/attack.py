@@ -1,7 +1,7 @@
 """A battery of completions to try on a verifier: hostile, wrong and right ones, and what came of them.
 
 Data and pure functions.  `HOSTILE` does no harm where it is executed, beyond the process that executes it: what runs as
-code leaves the file `CANARY`, changes objects of its own process, ends it or never returns.
+code leaves the file `CANARY`, changes objects of its own process, ends it (once with `EXIT_CODE`) or never returns.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from rewards.verifiers import WeightedSum
-from rewards.verify import SelfTesting, Verifier
+from rewards.verify import SelfTesting, Verifier, is_right
 from rollout.types import Prompt, RewardStatus, Score
 
-RIGHT = 1.0 - 1e-9  # an answer's score from which it counts as right
 CANARY = Path(tempfile.gettempdir()) / f"n-musketeers-canary-{os.getpid()}"
+EXIT_CODE = 113  # of a completion that ends its process, which a jail does not prevent
 MOST_GOLDS = 20  # gold answers that are tried on every other prompt
 _SHOWN = 200  # characters of a completion that a finding keeps
 
@@ -79,7 +79,7 @@ _EXECUTED = (
     Hostile("socket", "__import__('socket').create_server(('127.0.0.1', 0))"),
     Hostile("network", "__import__('urllib.request').request.urlopen('http://127.0.0.1:9/')"),
     Hostile("environment", "[open(f'/proc/{p}/environ').read() for p in ('self', __import__('os').getppid())]"),
-    Hostile("exit", "__import__('os')._exit(3)"),
+    Hostile("exit", f"__import__('os')._exit({EXIT_CODE})"),
     Hostile("sys.exit", "__import__('sys').exit(0)"),
     Hostile("terminated", "__import__('os').kill(__import__('os').getpid(), 15)"),
     Hostile("sleep", "__import__('time').sleep(3600)"),
@@ -421,9 +421,9 @@ def verdict_of(score: Score) -> str:
     """`right`, `wrong`, `unreadable`, `timeout` or `error`."""
     if score.status is not RewardStatus.OK:
         return score.status.value
-    if score.right >= RIGHT:
-        return "right"
-    return "unreadable" if getattr(score, "unreadable", False) else "wrong"
+    if score.unreadable:
+        return "unreadable"
+    return "right" if is_right(score.right) else "wrong"
 
 
 VERDICTS = ("right", "wrong", "unreadable", "timeout", "error")
@@ -434,7 +434,7 @@ class Tally:
     """What came of the cases so far.
 
     entries: prompts that were tried.  counts: by kind, verdicts.  rewards: by constant answer, their sum over prompts.
-    executed: whether a completion ran as code (it left `CANARY`).
+    executed: whether a completion ran as code: it left `CANARY`, or a process ended with `EXIT_CODE`.
     """
 
     entries: int
@@ -448,6 +448,7 @@ class Tally:
     def add(self, case: Case, score: Score) -> None:
         """One more verdict."""
         verdict = verdict_of(score)
+        self.executed |= f"(exit code {EXIT_CODE})" in score.reason
         self.counts.setdefault(case.kind, Counter())[verdict] += 1
         if case.kind in ("constant", "other gold"):
             earned = score.reward if score.status is RewardStatus.OK else 0.0

@@ -118,6 +118,7 @@ data:
     - {name: found, plugin: "tests.rewards.verifiers:Doubles", size: 6, verifier: "tests.rewards.verifiers:finds_gold"}
     - {name: zero, plugin: "tests.rewards.verifiers:Doubles", size: 6, verifier: "tests.rewards.verifiers:likes_zero"}
     - {name: chokes, plugin: "tests.rewards.verifiers:Doubles", size: 6, verifier: "tests.rewards.verifiers:chokes"}
+    - {name: evaluates, plugin: "tests.rewards.verifiers:Doubles", verifier: "tests.rewards.verifiers:evaluates"}
     - {name: absent, plugin: "tests.rewards.verifiers:Doubles", verifier: "tests.rewards.verifiers:nothing"}
 experts: [{name: e, model: /e}]
 policy: {model: /p}
@@ -172,7 +173,7 @@ def test_what_a_completion_or_a_verifier_says_never_reaches_the_terminal_raw(
     _, out, _ = run(capsys, monkeypatch, "score", "chokes", *attacked, "--attack", "--json")
     assert out.isascii() and not [each for each in ESCAPES if each in out]
     masked = json.loads(out)["masked"]
-    assert {each["kind"] for each in masked} >= {"hostile", "echo"} and all(each["reason"] for each in masked)
+    assert {"hostile", "reworded"} <= {each["kind"] for each in masked} and all(each["reason"] for each in masked)
 
 
 def test_a_recipe_s_own_settings_and_overrides_count(
@@ -185,17 +186,20 @@ def test_a_recipe_s_own_settings_and_overrides_count(
     assert status == 1 and {row["wrong"] for row in json.loads(out)["kinds"]} == {0}
 
 
+@pytest.mark.parametrize(("name", "jail"), [("exit", "best_effort"), ("import os", "off")])
 def test_a_completion_that_ran_as_code_fails_the_attack(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     attacked: tuple[str, str],
-    tmp_path: Path,
+    name: str,
+    jail: str,
 ) -> None:
-    canary = tmp_path / "canary"
-    canary.touch()
-    monkeypatch.setattr(catalogue, "CANARY", canary)
-    status, out, _ = run(capsys, monkeypatch, "score", "doubles", "--attack", *attacked)
-    assert status == 1 and "this verifier runs what it is given" in out and not canary.exists()
+    monkeypatch.setattr(attack, "HOSTILE", tuple(hostile for hostile in HOSTILE if hostile.name == name))
+    arguments = ("score", "evaluates", f"rewards.jail='{jail}'", "--attack", *attacked, "--count", "2")
+    status, out, _ = run(capsys, monkeypatch, *arguments)
+    assert status == 1 and "this verifier runs what it is given" in out and not attack.CANARY.exists()
+    status, out, _ = run(capsys, monkeypatch, *arguments, "--json")
+    assert status == 1 and json.loads(out)["executed"]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def attack_task(
                     tally.add(case, score)
     finally:
         worker.close()
-        tally.executed = CANARY.exists()
+        tally.executed |= CANARY.exists()
         CANARY.unlink(missing_ok=True)
     return tally
 

@@ -26,10 +26,11 @@ from cluster.run.preflight import check_prompts
 from cluster.watch import logs
 from cluster.zoo import paths
 from learner.algorithms import build_algorithm
-from rewards.attack import shown, verdict_of
+from rewards.attack import shown
 from rewards.config import DataConfig
 from rewards.sources import Task, build_tasks
 from rewards.stream import PromptStream
+from rewards.verify import is_right
 from rewards.worker import RewardWorker
 from rollout.types import Completion, Group, Prompt, RewardStatus, Score
 
@@ -264,7 +265,7 @@ def _verdict(score: Score) -> str:
     """`right`, `wrong` or `masked`."""
     if score.status is not RewardStatus.OK:
         return "masked"
-    return "right" if verdict_of(score) == "right" else "wrong"
+    return "right" if is_right(score.right) else "wrong"
 
 
 def _rewards(scores: Sequence[Score]) -> Iterator[float]:

@@ -154,11 +154,12 @@ def test_every_verdict_is_counted() -> None:
         Score(reward=1.0),
         Score(reward=1.0 - 1e-8),
         Score(reward=0.2, answer=1.0 - 1e-10),
+        Score(reward=0.0, unreadable=True, reason="no list"),
         Score(reward=0.0, status=RewardStatus.TIMEOUT, reason="late"),
         Score(reward=1.0, status=RewardStatus.ERROR, reason="failed"),
     ):
         tally.add(case, score)
-    assert tally.counts["echo"] == {"right": 2, "wrong": 1, "timeout": 1, "error": 1}
+    assert tally.counts["echo"] == {"right": 2, "wrong": 1, "unreadable": 1, "timeout": 1, "error": 1}
     assert len(tally.false_positives) == 2 and [found.reason for found in tally.masked] == ["late", "failed"]
     assert {len(found.completion) for found in tally.masked} == {200} and tally.masked[0].characters == 500
 

@@ -123,5 +123,15 @@ def likes_zero(completion: str, prompt: Prompt) -> float:
 
 
 def chokes(completion: str, prompt: Prompt) -> float:
-    """Fails on what is no number, in the completion's own words."""
-    return float(int(completion) == int(prompt.answer))
+    """Fails on some, in their own words."""
+    if "\x1b" in completion or "{" in completion or "[bold" in completion:
+        raise LookupError(completion)
+    return float(completion.strip() == prompt.answer)
+
+
+def evaluates(completion: str, prompt: Prompt) -> float:
+    """Runs what it is given."""
+    try:
+        return float(str(eval(completion)) == prompt.answer)
+    except (Exception, SystemExit):  # noqa: BLE001 - whatever the text raises
+        return 0.0
