@@ -115,6 +115,10 @@ def test_masked_ones_that_would_be_scored_are_counted(run: Path) -> None:
     assert found["sums"].moves == {"masked -> right": 2, "masked -> wrong": 1} and not found["more"].moves
     assert found["sums"].advantages == 1 and (len(found["sums"].before), len(found["sums"].after)) == (5, 8)
     assert not found["sums"].rewards
+    right = Score(reward=1.0, answer=1.0)
+    change_scores(run, 1, right, right, late, right)  # no signal, until the masked one turns out wrong
+    sums = rescore_run(run, "1..1", None, [], None)["sums"]
+    assert sums.moves == {"masked -> wrong": 1} and sums.advantages == 1
 
 
 def test_rewards_that_change_without_a_verdict_change_advantages(run: Path) -> None:
@@ -132,6 +136,14 @@ def test_an_algorithm_without_advantages_has_none_to_change() -> None:
     changes.add(1, group, (Score(reward=1.0),) * 4, "1", lambda scores: None)
     changes.add(2, group, (Score(reward=1.0),) * 4, "1", lambda scores: [0.0] * 4)
     assert changes.advantages is None and changes.moves == {"wrong -> right": 8}
+
+
+def test_the_reward_of_a_masked_completion_means_nothing() -> None:
+    changes = Changes()
+    group = a_group(Prompt(ordinal=0, task="t", messages=(), answer="1"))
+    masked = tuple(Score(reward=reward, status=RewardStatus.ERROR, reason="failed") for reward in range(4))
+    changes.add(1, group.scored(masked), masked[::-1], "1", lambda scores: [0.0] * 4)
+    assert not changes.rewards and not changes.moves and not changes.before and not changes.after
 
 
 def test_the_table_names_examples_and_shows_nothing_raw(
