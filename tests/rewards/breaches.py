@@ -185,11 +185,12 @@ SURVIVORS = {
 class Scene:
     """What completions could do harm to.
 
-    folder: holds a secret.  victim: a process that sleeps.  met: connections to a port of this machine.
+    folder: holds a secret.  victim: a process that waits for this one's end.  met: connections to a port of this
+    machine.
     """
 
     folder: Path
-    victim: subprocess.Popen[bytes] = field(default_factory=lambda: subprocess.Popen(["sleep", "86400"]))
+    victim: subprocess.Popen[bytes] = field(default_factory=lambda: _waiting())
     met: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -222,6 +223,11 @@ class Scene:
         """Ends the victim."""
         self.victim.kill()
         self.victim.wait()
+
+
+def _waiting() -> subprocess.Popen[bytes]:
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
 
 
 def survivors() -> list[int]:
