@@ -117,7 +117,7 @@ ANYWHERE = {
         "    for data in (pickle.dumps(Evil()), struct.pack('!i', 80) + pickle.dumps(Evil())): os.write(fd, data)"
     ),
     "sends noise": "for fd in descriptors('sockets'): os.write(fd, os.urandom(700))",
-    "sends without end": "while True:\n    for fd in descriptors('sockets'): os.write(fd, struct.pack('<cI', b'W', 0))",
+    "sends without end": "up = descriptors('sockets')[-1]\nwhile True: os.write(up, struct.pack('<cI', b'W', 0))",
     "sends an escape": (
         "for fd in descriptors('sockets'): os.write(fd, struct.pack('<cI', b'W', 0) + b'\\x1b]0;{forged}\\x07')\n"
         "board().put(0, (4, 0.0, 0.0)); time.sleep(60)"
@@ -132,7 +132,7 @@ ANYWHERE = {
         "b = board()\nb._AT.pack_into(b._memory, 0, 0, time.monotonic() + 1e9)\n"
         "while True: b._AT.pack_into(b._memory, 0, 0, time.monotonic() + 1e9)"
     ),
-    "has just begun": "b = board()\nwhile True: b.start(0)",
+    "has just begun": "b = board()\nwhile True:\n    b.start(0)\n    time.sleep(0.001)",
     "exits": "os._exit(0)",
     "exits politely": "sys.exit(0)",
     "aborts": "os.abort()",
@@ -175,8 +175,9 @@ SURVIVORS = {
     "leaves a child": "subprocess.Popen(['sleep', '{survivor}'])",
     "leaves a child in its own session": "subprocess.Popen(['sleep', '{survivor}'], start_new_session=True)",
     "leaves an orphan": (
-        "if not os.fork():\n    os.setsid()\n"
-        "    if not os.fork(): os.execvp('sleep', ['sleep', '{survivor}'])\n    os._exit(0)"
+        "pid = os.fork()\nif not pid:\n    os.setsid()\n"
+        "    if not os.fork(): os.execvp('sleep', ['sleep', '{survivor}'])\n    os._exit(0)\n"
+        "os.waitpid(pid, 0); time.sleep(0.2)"
     ),
 }
 
