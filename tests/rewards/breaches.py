@@ -171,6 +171,8 @@ ANYWHERE = {
         "t.Executes.score = v.ExactInteger.score = lambda *_: 1.0"
     ),
 }  # fmt: skip
+# Where a later protection would have stopped it too, but late.
+STOPPED_BY = {"sends without end": "taken over", "stops the clock": "no verdict", "has just begun": "no verdict"}
 SURVIVORS = {
     "leaves a child": "subprocess.Popen(['sleep', '{survivor}'])",
     "leaves a child in its own session": "subprocess.Popen(['sleep', '{survivor}'], start_new_session=True)",
@@ -248,7 +250,6 @@ def try_all(scene: Scene, jail: str, only: Sequence[str]) -> list[str]:
     breached = []
     with closing(RewardWorker({"task": Executes(), "exact": ExactInteger()}, config)) as worker:
         for name, attack in attacks.items():
-            began = time.monotonic()
             before, score, after = judge(worker, scene.code(attack))
             if [s.reward for s in (*before, *after)] != [1.0, 0.0, 1.0, 0.0]:
                 breached.append(f"{name}: verdicts of others: {before} {after}")
@@ -256,8 +257,8 @@ def try_all(scene: Scene, jail: str, only: Sequence[str]) -> list[str]:
                 breached.append(f"{name}: succeeded")
             if score.status is not RewardStatus.OK and not score.reason.isprintable():
                 breached.append(f"{name}: reason {score.reason!a}")
-            if time.monotonic() - began > 60:
-                breached.append(f"{name}: took {time.monotonic() - began:.0f} s")
+            if STOPPED_BY.get(name, "") not in score.reason:
+                breached.append(f"{name}: {score.reason!a}, not {STOPPED_BY[name]}")
             breached += [f"{name}: {what}" for what in scene.harm()]
             print(f"{name}: {score.status.value} {score.reason!a}", file=sys.stderr, flush=True)
     breached += [f"a process survives: {pid}" for pid in survivors()]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import psutil
 import pytest
 
 from rewards import jail
+from rewards.child import Board
 from rewards.config import RewardsConfig
 from rewards.verify import RewardsError
 from rewards.worker import RewardWorker
+from rollout.types import RewardStatus
 from tests.rewards.breaches import ANYWHERE, FORGED, JAILED, SURVIVORS, Executes
 from tests.rewards.test_worker import gone
 from tests.rewards.verifiers import Obedient, a_prompt
@@ -81,7 +84,6 @@ MUTATIONS = {
                         ["forges an infinite verdict"]),
     "own clock": ("pool.py", "since = min(since, seen_at) if index == seen >= 0 else seen_at", "pass",
                   ["stops the clock"]),
-    "own look at the clock": ("pool.py", "elif now - seen_at > limit or", "elif", ["has just begun"]),
     "plain text": ("child.py", "if c.isprintable() else", "if True else", ["sends an escape"]),
 }  # fmt: skip
 WITHOUT_JAIL = {*SURVIVORS, "shrinks the board"}
@@ -109,6 +111,12 @@ def test_every_protection_is_needed(protection: str, tmp_path: Path) -> None:
     for process in psutil.process_iter(["cmdline"]):
         if any(str(tmp_path) in word for word in process.info["cmdline"] or ()):
             process.kill()
+
+
+def test_a_process_that_says_that_it_has_just_begun_is_late_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(RewardWorker({"task": Obedient()}, RewardsConfig(timeout_s=0.3))) as worker:
+        monkeypatch.setattr(Board, "at", lambda self: (0, time.monotonic()))
+        assert worker.score_texts([(a_prompt(), "sleep 60")])[0].status is RewardStatus.TIMEOUT
 
 
 def test_a_scoring_process_ends_with_its_zygote() -> None:
