@@ -80,7 +80,7 @@ MUTATIONS = {
                   ["sends a pickle"]),
     "number of messages": ("pool.py", "if messages > count + 2 or index > count:", "if False:",
                            ["sends without end"]),
-    "finite verdicts": ("child.py", "if not (math.isfinite(reward) and math.isfinite(answer)):", "if False:",
+    "finite verdicts": ("child.py", "and math.isfinite(reward) and math.isfinite(answer)", "",
                         ["forges an infinite verdict"]),
     "own clock": ("pool.py", "since = min(since, seen_at) if index == seen >= 0 else seen_at", "pass",
                   ["stops the clock"]),
