@@ -1,6 +1,6 @@
-"""How many completions a second a reward worker scores, as JSON; of whatever checkout this Python imports `rewards` from.
+"""Completions a second that a reward worker scores, as JSON; of the checkout that this Python imports `rewards` from.
 
-    python benchmarks/reward_rates.py chain_sum number
+    python -P benchmarks/reward_rates.py chain_sum number
 
 `benchmarks/rewards.py --against CHECKOUT` runs it in two checkouts in turns.
 """

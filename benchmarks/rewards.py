@@ -195,7 +195,7 @@ def beside(other: Path, rounds: int) -> dict[str, Any]:
 
 def _rates(script: Path, checkout: Path) -> dict[str, float]:
     environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
-    command = [sys.executable, str(script), *BESIDE]
+    command = [sys.executable, "-P", str(script), *BESIDE]  # beside the script there is another module named rewards
     done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout))
 
