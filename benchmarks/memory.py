@@ -75,7 +75,7 @@ def label(command: list[str], name: str) -> str:
     if line.startswith("ray::"):
         worker = line.split()[0].partition(".")[0]
         return "Ray services" if worker.endswith("Agent") else worker
-    if "rewards.child" in line:
+    if "rewards.zygote" in line:
         return "scoring process"
     if "benchmarks." in line:
         return "driver"

@@ -1,6 +1,7 @@
 """How fast verifiers score through a reward actor, beside the same `score_answer` in a plain loop; and what hangs cost.
 
     python -m benchmarks.rewards
+    python -m benchmarks.rewards --against CHECKOUT   # beside another version's reward worker, in turns
 
 Loop and actor take turns, so that whatever else the machine does meets both.
 """
@@ -12,6 +13,7 @@ import asyncio
 import datetime
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +40,7 @@ from rollout.types import Completion, Draws, FinishReason, Group, Prompt, Rollou
 
 # A comparison of two strings; GSM8K's exact answer, found in a sentence; symbolic mathematics.
 CHEAPEST, CHEAP, EXPENSIVE = "chain_sum", "number", "simple_integration"
+BESIDE = ("chain_sum", "leg_counting", "number", "math", "countdown", "simple_integration", "sudoku")
 SAMPLES = 8
 ROUNDS = 3
 LIMIT_S, HANGS = 0.5, 0.01
@@ -172,6 +175,39 @@ def hanging(count: int) -> dict[str, Any]:
     return {"sound": median(rates["sound"]), "hangs": median(rates["hangs"]), "ratio": ratio, "limit_s": LIMIT_S}
 
 
+def beside(other: Path, rounds: int) -> dict[str, Any]:
+    """A reward worker of this checkout and one of another, in turns: rates, and the median of their ratios."""
+    here = Path(__file__).parents[1]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in BESIDE}
+    for _ in track(range(rounds), description=f"beside {other}"):
+        theirs, ours = (_rates(here / "benchmarks" / "reward_rates.py", checkout) for checkout in (other, here))
+        for name, pairs in found.items():
+            pairs.append((theirs[name], ours[name]))
+    return {
+        name: {
+            "theirs": median(a for a, _ in pairs),
+            "ours": median(b for _, b in pairs),
+            "ratio": median(b / a for a, b in pairs),
+        }
+        for name, pairs in found.items()
+    }
+
+
+def _rates(script: Path, checkout: Path) -> dict[str, float]:
+    environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+    command = [sys.executable, "-P", str(script), *BESIDE]  # beside the script there is another module named rewards
+    done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def render_beside(found: dict[str, Any]) -> Table:
+    """What was found beside another checkout."""
+    table = Table("verifier", "theirs", "ours", "ours / theirs", title="scores a second through a reward worker")
+    for name, row in found.items():
+        table.add_row(name, f"{row['theirs']:,.0f}", f"{row['ours']:,.0f}", f"{row['ratio']:.2f}")
+    return table
+
+
 def render(found: dict[str, Any]) -> Table:
     """What was found."""
     table = Table("verifier", "loop", "one actor", "actors", "one / loop", "actors / one", title="scores a second")
@@ -189,8 +225,14 @@ def main(line: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1024, help="of the cheap verifiers, with 8 completions each")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--against", type=Path, help="another checkout of this project; measures nothing else")
+    parser.add_argument("--rounds", type=int, default=5, help="with --against")
     given, console = parser.parse_args(line), Console()
-    machine, today = tables.device(), datetime.datetime.now(datetime.UTC).date().isoformat()
+    if given.against:
+        found = beside(given.against, given.rounds)
+        console.print(render_beside(found))
+        _write(given.results, "rewards-beside", found, console)
+        return 0
     actors.join_cluster(None, free_port(), "benchmark")
     try:
         found = {name: compare(name, given.prompts) for name in (CHEAPEST, CHEAP)}
@@ -199,12 +241,18 @@ def main(line: Sequence[str] | None = None) -> int:
     finally:
         actors.leave_cluster()
     console.print(render(found))
-    given.results.mkdir(parents=True, exist_ok=True)
-    path = given.results / tables.file_name(today, machine, "rewards")
-    results = {"date": today, "device": machine, "load_before": os.getloadavg()[0], **found}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"results: {path}", highlight=False, soft_wrap=True)
+    _write(given.results, "rewards", found, console)
     return 0
+
+
+def _write(folder: Path, name: str, found: dict[str, Any], console: Console) -> None:
+    machine, today = tables.device(), datetime.datetime.now(datetime.UTC).date().isoformat()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / tables.file_name(today, machine, name)
+    path.write_text(
+        json.dumps({"date": today, "device": machine, "load": os.getloadavg()[0], **found}, indent=1) + "\n"
+    )
+    console.print(f"results: {path}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

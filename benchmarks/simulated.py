@@ -22,7 +22,7 @@ from cluster.run.driver import Driver
 from cluster.run.faults import RayBackend
 from cluster.run.fleet import Fault, Fleet, Reference
 from cluster.run.learning import Learning
-from cluster.run.masking import MaskedShare
+from cluster.run.masking import VerifierHealth
 from cluster.run.recovery import Recovery
 from cluster.run.scoring import GroupReport, WaveReport
 from experts.state import RouterSnapshot
@@ -233,7 +233,7 @@ def make_driver(config: RunConfig, fleet: Fleet, clock: Clock) -> Driver:
     state = LearnerState(first, OptimizerState(0, {}), {0: first}, {})
     learning = Learning(fleet, recovery, config.max_staleness, state)
     admission = Admission(config.learner.groups, config.max_staleness, config.steps, Limits())
-    masked = MaskedShare(config.rewards.masked_limit, print)
+    masked = VerifierHealth(config.rewards, print)
     return Driver(config, fleet, Stream(), admission, clock, recovery, learning, masked)  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from numbers import Real
@@ -41,6 +41,7 @@ _PR_SET_PDEATHSIG = 1
 _MESSAGE = struct.Struct("<cI")
 LONGEST_MESSAGE = _MESSAGE.size + 4 * REASON_LENGTH
 OPEN_FILES = 256
+LOOK_S = 0.1  # between two looks at the processor time used: each costs a tenth of a cheap verifier
 _SPARE = 4 * 2**20  # bytes to say in that there is no memory left
 _OUTSIDE_DATA = 2**30  # bytes of shared memory and of libraries that scoring may map besides
 
@@ -58,7 +59,7 @@ class Kind(IntEnum):
     FAILED = 4
 
 
-Verdict = tuple[Kind, float, float]  # the reward, and the answer's own score
+Verdict = tuple[int, float, float]  # of a `Kind`, with the reward and the answer's own score
 READ, DONE, REASON, LEAVING, NO_JAIL = b"R", b"D", b"W", b"L", b"J"
 
 
@@ -97,9 +98,11 @@ class Board:
         self._memory[: self._AT.size] = self._AT.pack(-1, 0.0)
         self._memory[self._AT.size : self._AT.size + count * self._VERDICT.size] = bytes(count * self._VERDICT.size)
 
-    def start(self, index: int) -> None:
-        """Scoring of a completion starts."""
-        self._AT.pack_into(self._memory, 0, index, time.monotonic())
+    def start(self, index: int) -> float:
+        """Scoring of a completion starts; at what time (`time.monotonic`)."""
+        now = time.monotonic()
+        self._AT.pack_into(self._memory, 0, index, now)
+        return now
 
     def at(self) -> tuple[int, float]:
         """The completion at work, -1 for none yet, and since when (`time.monotonic`)."""
@@ -110,16 +113,15 @@ class Board:
         """What came of a completion."""
         self._VERDICT.pack_into(self._memory, self._AT.size + index * self._VERDICT.size, *verdict)
 
-    def get(self, index: int) -> Verdict:
-        """What came of a completion.
+    def verdicts(self, count: int) -> Iterator[Verdict]:
+        """What came of the first so many completions; see `is_verdict`."""
+        return self._VERDICT.iter_unpack(self._memory[self._AT.size : self._AT.size + count * self._VERDICT.size])
 
-        Raises:
-            ValueError: when it is nothing that a scoring process writes.
-        """
-        kind, reward, answer = self._VERDICT.unpack_from(self._memory, self._AT.size + index * self._VERDICT.size)
-        if not (math.isfinite(reward) and math.isfinite(answer)):
-            raise ValueError("a verdict that is no number")
-        return Kind(kind), reward, answer
+
+def is_verdict(verdict: Verdict) -> bool:
+    """Whether it is what a scoring process writes of a completion that it has looked at."""
+    kind, reward, answer = verdict
+    return Kind.NONE < kind <= Kind.FAILED and math.isfinite(reward) and math.isfinite(answer)
 
 
 def pack_message(kind: bytes, index: int, text: str = "") -> bytes:
@@ -193,15 +195,17 @@ def _sizes(status: str) -> list[tuple[str, str]]:
 
 
 def _score(down: int, up: int, board: Board, verifiers: Mapping[str, Verifier], cpu_s: float, spare: mmap.mmap) -> None:
-    first = True
+    first, looked = True, 0.0
     while (batch := _receive(down)) is not None:
         items: list[Item] = pickle.loads(batch)
         os.write(up, pack_message(READ, 0))
         for index, (task, completion, prompt) in enumerate(items):
-            if time.process_time() > cpu_s:
-                os.write(up, pack_message(LEAVING, index))
-                return
-            board.start(index)
+            began = board.start(index)
+            if began > looked + LOOK_S:
+                looked = began
+                if time.process_time() > cpu_s:
+                    os.write(up, pack_message(LEAVING, index))
+                    return
             try:
                 verdict, reason = _verdict(verifiers[task], completion, prompt)
             except MemoryError as error:
@@ -215,7 +219,7 @@ def _score(down: int, up: int, board: Board, verifiers: Mapping[str, Verifier], 
             if reason:
                 os.write(up, pack_message(REASON, index, reason))
             board.put(index, verdict)
-            if verdict[0] is Kind.FAILED:
+            if verdict[0] == Kind.FAILED:
                 os.write(up, pack_message(LEAVING, index + 1))
                 return
             first = False

@@ -12,7 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rewards import child
-from rewards.child import CAPACITY, DONE, LEAVING, LONGEST_MESSAGE, NO_JAIL, READ, Board, Item, Kind, Verdict
+from rewards.child import (
+    CAPACITY,
+    DONE,
+    LEAVING,
+    LONGEST_MESSAGE,
+    NO_JAIL,
+    READ,
+    Board,
+    Item,
+    Kind,
+    Verdict,
+    is_verdict,
+)
 from rewards.verify import RewardsError, is_right
 from rewards.zygote import Zygote
 from rollout.types import Prompt, RewardStatus, Score
@@ -58,11 +70,10 @@ class ScoringProcess:
             RewardsError: when a new process that is needed does not start.
         """
         outcomes = self._judge(items)
-        both = zip(items, outcomes, strict=True)
-        doubted = {(task, prompt.key): prompt for (task, _, prompt), (_, in_doubt) in both if in_doubt}
+        doubted = [item for item, outcome in zip(items, outcomes, strict=True) if outcome.in_doubt]
         if not doubted:
             return [outcome.score for outcome in outcomes]
-        self._try_right_answers(doubted)
+        self._try_right_answers({(task, prompt.key): prompt for task, _, prompt in doubted})
         return [
             outcome.score if not outcome.in_doubt or self._sound[task, prompt.key] else _not_sound(outcome.score)
             for (task, _, prompt), outcome in zip(items, outcomes, strict=True)
@@ -205,18 +216,15 @@ class ScoringProcess:
     def _outcomes(self, count: int, reasons: Mapping[int, str]) -> list[Outcome]:
         """Of the first so many items, as far as they have one; equal ones are one object."""
         known: dict[tuple[Verdict, str], Outcome] = {}
-        outcomes = []
-        for index in range(count):
-            try:
-                verdict = self._board.get(index)
-            except ValueError:
-                break
-            if verdict[0] is Kind.NONE:
-                break
-            key = verdict, "" if verdict[0] is Kind.SCORE else reasons.get(index, "")
-            if key not in known:
-                known[key] = _outcome(*key)
-            outcomes.append(known[key])
+        outcomes: list[Outcome] = []
+        for index, verdict in enumerate(self._board.verdicts(count)):
+            key = verdict, reasons.get(index, "")
+            outcome = known.get(key)
+            if outcome is None:
+                if not is_verdict(verdict):
+                    break
+                outcome = known[key] = _outcome(*key)
+            outcomes.append(outcome)
         return outcomes
 
     def _restart(self) -> None:
@@ -260,10 +268,11 @@ def _gone() -> bytes:
 
 def _outcome(verdict: Verdict, reason: str) -> Outcome:
     kind, reward, answer = verdict
-    if kind is Kind.FAILED:
+    if kind == Kind.FAILED:
         return Outcome(_failed(reason))
-    unreadable = kind is not Kind.SCORE
-    return Outcome(Score(reward=reward, answer=answer, unreadable=unreadable, reason=reason), kind is Kind.DOUBTFUL)
+    if kind == Kind.SCORE:
+        return Outcome(Score(reward=reward, answer=answer))
+    return Outcome(Score(reward=reward, answer=answer, unreadable=True, reason=reason), kind == Kind.DOUBTFUL)
 
 
 def _not_sound(score: Score) -> Score:

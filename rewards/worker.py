@@ -134,15 +134,13 @@ class RewardWorker:
 
     def _judge(self, items: Sequence[Item]) -> list[Score]:
         """Scores as the verifiers gave them, of tasks in the jail and out of it."""
-        for task, _, _ in items:
-            if task not in self._zygotes:
-                raise RewardsError(f"no verifier for task {task!r}; there are {sorted(self._zygotes)}")
-        apart: dict[int, list[int]] = {}
-        for place, (task, _, _) in enumerate(items):
-            apart.setdefault(id(self._zygotes[task]), []).append(place)
+        tasks = list(dict.fromkeys([task for task, _, _ in items]))
+        if unknown := [task for task in tasks if task not in self._zygotes]:
+            raise RewardsError(f"no verifier for task {unknown[0]!r}; there are {sorted(self._zygotes)}")
+        processes = {task: self._process(task) for task in tasks}
         found: dict[int, Score] = {}
-        for places in apart.values():
-            process = self._process(items[places[0]][0])
+        for process in dict.fromkeys(processes.values()):
+            places = [place for place, (task, _, _) in enumerate(items) if processes[task] is process]
             found |= zip(places, process.score([items[place] for place in places]), strict=True)
         return [found[place] for place in range(len(items))]
 

@@ -91,7 +91,7 @@ def test_the_file_is_named_after_day_and_device() -> None:
         (["ray::DashboardAgent"], "Ray services"),
         (["/x/raylet/raylet", "--port=1"], "Ray services"),
         (["python", "-m", "benchmarks.training", "{}"], "driver"),
-        (["python", "-c", "from rewards.child import main"], "scoring process"),
+        (["python", "-c", "from rewards.zygote import main"], "scoring process"),
         (["other"], "name"),
     ],
 )

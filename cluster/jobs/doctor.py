@@ -32,6 +32,7 @@ from cluster.jobs import cluster_checks
 from cluster.jobs.findings import GIB, Check
 from experts import vllm_install
 from learner.compiled import OP, op_folder, stale_lock
+from rewards.jail import kernel
 
 DISTRIBUTION = "n-musketeers"
 PREBUILD = "run .venv/bin/python scripts/prebuild_deepspeed.py"
@@ -91,6 +92,7 @@ def checks(
         ("DeepSpeed op", _deepspeed_op),
         ("vLLM", _vllm),
         ("GPUs", _gpus),
+        ("jail of verifiers", _jail),
         ("memory", lambda: _memory(memory_gib or MIN_MEMORY_GIB)),
         ("disk", lambda: _disk(runs)),
         ("runs folder", lambda: _writable("runs folder", runs)),
@@ -213,6 +215,14 @@ def _gpus() -> Check:
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         return Check("GPUs", True, f"not used: torch {torch.__version__} is a build without CUDA")
     return Check("GPUs", True, "none: everything runs on the CPU")
+
+
+def _jail() -> Check:
+    """What confines verifiers; a run asks for more than limits only with rewards.jail: require."""
+    found = kernel()
+    there = [f"Landlock {found.landlock}"] * bool(found.landlock) + ["seccomp"] * found.seccomp
+    without = f"; no {' and no '.join(found.missing)}: rewards.jail: require would refuse" if found.missing else ""
+    return Check("jail of verifiers", True, (", ".join(there) or "limits alone") + without)
 
 
 def _memory(wanted: float) -> Check:

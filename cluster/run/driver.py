@@ -16,7 +16,7 @@ from cluster.run.admission import Admission
 from cluster.run.calls import Features, Sent, Sink, Wave
 from cluster.run.fleet import Fault, Fleet, Handle, Stage
 from cluster.run.learning import Learning, LostGroupsError
-from cluster.run.masking import MaskedShare
+from cluster.run.masking import VerifierHealth
 from cluster.run.metrics import PipelineState, StepTimes, step_metrics
 from cluster.run.recovery import Recovery, RunError
 from cluster.run.scoring import GroupReport, WaveReport, wave_report
@@ -38,10 +38,10 @@ class Driver:
         sink: Sink,
         recovery: Recovery,
         learning: Learning,
-        masked: MaskedShare,
+        verifiers: VerifierHealth,
     ) -> None:
         self.config, self.fleet, self.stream, self.admission, self.sink = config, fleet, stream, admission, sink
-        self.recovery, self.learning, self.masked = recovery, learning, masked
+        self.recovery, self.learning, self.verifiers = recovery, learning, verifiers
         self.stop = asyncio.Event()
         self._wake: asyncio.Future[None] | None = None
         self.elapsed_s, self.samples, self._last = 0.0, 0, 0.0
@@ -167,7 +167,7 @@ class Driver:
             self._load.subtract(held)
         self.recovery.succeeded([stage.handle for stage in sent.stages])
         self._fresh.append(report)
-        self.masked.observe(report.groups)
+        self.verifiers.observe(report.groups)
         async with self._changed:
             self._waves.update(dict.fromkeys(sent.ordinals, Wave(sent.scored, sent.features, report)))
             self.admission.finish(sent.ordinals, {group.ordinal: group.bytes for group in report.groups})

@@ -83,6 +83,8 @@ def step_metrics(
         "groups/no_signal": (untaught + pipeline.filtered) / (len(groups) + pipeline.filtered),
         "rewards/masked_fraction": 1 - len(rewards) / completions,
         **{f"rewards/masked_fraction/{task}": _masked(mine) for task, mine in by_task(groups).items()},
+        "rewards/unreadable_fraction": _unreadable(groups),
+        **{f"rewards/unreadable_fraction/{task}": _unreadable(mine) for task, mine in by_task(groups).items()},
         **{f"verdicts/{task}/{status}": float(count) for (task, status), count in verdicts(groups).items()},
         "policy/truncated_fraction": sum(group.truncated for group in groups) / completions,
         **learner_metrics(sums),
@@ -145,6 +147,10 @@ def learner_metrics(sums: Sums) -> dict[str, float]:
 
 def _masked(groups: Sequence[GroupReport]) -> float:
     return 1 - sum(len(group.ok_rewards) for group in groups) / sum(len(group.statuses) for group in groups)
+
+
+def _unreadable(groups: Sequence[GroupReport]) -> float:
+    return sum(group.unreadable for group in groups) / sum(len(group.statuses) for group in groups)
 
 
 def attention_metrics(groups: Sequence[GroupReport], experts: Sequence[str]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from experts.plugins import load_plugin
 from experts.router import router_class
 from experts.vllm_install import check_installed, is_for_cpus, supports
 from learner.algorithms import ALGORITHMS
+from rewards.jail import kernel
 from rewards.sources import Task, of_length
 from rollout.text import with_answers
 from rollout.types import Message
@@ -227,6 +228,26 @@ def _check_widths(config: RunConfig, folder: Path, models: Mapping[str, Mapping[
 def model_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What `describe` says of every model, by configuration key."""
     return {key: describe(model_path(reference)) for key, reference in config.models().items()}
+
+
+def check_jail(config: RunConfig, tasks: Iterable[str], note: Callable[[str], None]) -> None:
+    """Says which verifiers run outside the jail, and what it lacks on this machine.
+
+    Raises:
+        ConfigError: when `rewards.jail_exempt` names no task of the run, or this machine lacks what is required.
+    """
+    rewards, tasks = config.rewards, list(tasks)
+    if unknown := [name for name in rewards.jail_exempt if name not in tasks]:
+        raise ConfigError(f"rewards.jail_exempt: {unknown[0]!r} is no task of this run, which has {', '.join(tasks)}")
+    missing = kernel().missing
+    if rewards.jail == "off":
+        note("rewards.jail: off: verifiers run outside the jail, with this user's files, environment and network")
+    elif missing and rewards.jail == "require":
+        raise ConfigError(f"rewards.jail: require, but this machine's kernel has no {' and no '.join(missing)}")
+    elif missing:
+        note(f"this machine's kernel has no {' and no '.join(missing)}: verifiers are confined by limits and the rest")
+    if rewards.jail != "off" and rewards.jail_exempt:
+        note(f"outside the jail, as rewards.jail_exempt says: verifiers of {', '.join(rewards.jail_exempt)}")
 
 
 def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[str], None]) -> dict[str, Task]:

@@ -22,6 +22,7 @@ class GroupReport:
 
     rewards, statuses: one a completion; right: how right its answer is, whatever else the reward adds up from;
     reason: why the first without a verdict has none.
+    unreadable: completions that are wrong because their verifier could not read them; unreadable_reason: the first's.
     attention: (experts,) mean over latents; entropy: of the attention over experts, in nats, mean over
     latents.  bytes: of the group's arrays.
     """
@@ -38,6 +39,8 @@ class GroupReport:
     bytes: int
     right: tuple[float, ...]
     reason: str = ""
+    unreadable: int = 0
+    unreadable_reason: str = ""
 
     @property
     def ok_rewards(self) -> list[float]:
@@ -145,4 +148,6 @@ def _group_report(facts: GroupFacts, scores: Sequence[Score]) -> GroupReport:
         entropy=float(entropy.mean()) if attention.size else 0.0,
         bytes=facts.bytes,
         reason=next((score.reason for score in scores if score.status is not RewardStatus.OK), ""),
+        unreadable=sum(score.unreadable for score in scores),
+        unreadable_reason=next((score.reason for score in scores if score.unreadable), ""),
     )

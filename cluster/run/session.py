@@ -26,7 +26,7 @@ from cluster.run.examples import examples
 from cluster.run.fleet import Fleet
 from cluster.run.folder import RunFolder
 from cluster.run.learning import Learning
-from cluster.run.masking import MaskedShare
+from cluster.run.masking import VerifierHealth
 from cluster.run.monitor import Monitor, Outlet
 from cluster.run.preflight import model_facts
 from cluster.run.records import Records, baselines_of
@@ -270,7 +270,7 @@ async def make_driver(
     recovery = Recovery(fleet, p.max_restarts, note, config.ray.warning_s)
     states = await fleet.get_all([rank.call("state") for rank in fleet.learners], "the learner's state")
     learning = Learning(fleet, recovery, config.max_staleness, states[0], incarnation)
-    masked = MaskedShare(config.rewards.masked_limit, note)
+    masked = VerifierHealth(config.rewards, note)
     driver = Driver(config, fleet, stream, admission, sink, recovery, learning, masked)
     if resumed is not None:
         driver.resume_with(resumed.finished)

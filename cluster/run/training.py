@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from rich.console import Console
 
 from cluster.config import ConfigError, RunConfig
 from cluster.run import checkpoint
 from cluster.run.folder import RunFolder
-from cluster.run.preflight import check_models, check_names, check_prompts, check_start
+from cluster.run.preflight import check_jail, check_models, check_names, check_prompts, check_start
 from cluster.run.session import Session
 from cluster.zoo import paths
 from rewards.sources import build_tasks
@@ -37,12 +38,14 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
             checkpoint.read(folder.checkpoints)
         with console.status("making the tasks' prompts"):
             tasks = build_tasks(config.data)
+        say = partial(console.print, highlight=False)
+        check_jail(config, tasks, say)
         for world in sorted(paths.worlds_named_by(config.models().values())):
             paths.ensure(world)
         check_models(config)
         if not resume:
             check_start(config)
-        tasks = check_prompts(config, tasks, lambda note: console.print(note, highlight=False))
+        tasks = check_prompts(config, tasks, say)
         folder.prepare(config, overwrite)
         try:
             return asyncio.run(Session(config, folder, tasks, console).run()).status

@@ -131,8 +131,10 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
     ("Verifiers and workers", (
         Panel("Verdicts", "Completions a second, by task and how scoring ended.",
               (Query(f"sum by (run, task, status) (rate({of('verdicts_total')}[5m]))", "{{task}} {{status}}"),)),
-        Panel("Masked completions", "Share without a verdict: left out, never scored zero.",
-              (*_same("rewards_masked_fraction"), *_one("task_masked_fraction", "{{run}} {{task}}")), "percentunit"),
+        Panel("Masked and unreadable completions", "Shares without a verdict (left out), and wrong as unreadable.",
+              (*_same("rewards_masked_fraction", "rewards_unreadable_fraction"),
+               *_one("task_masked_fraction", "{{run}} {{task}}"),
+               *_one("task_unreadable_fraction", "{{run}} {{task}} unreadable")), "percentunit"),
         Panel("Workers", "By kind and state.", _one("workers", "{{kind}} {{state}}")),
         Panel("Calls by worker", "One at work and the others waiting.", _one("worker_calls", "{{worker}}")),
         Panel("Oldest call by worker", "How long it has been there.", _one("worker_seconds", "{{worker}}"), "s"),

@@ -14,7 +14,8 @@ STATES = ("starting", "working", "idle")
 
 # A step's metrics that are exported under their own names, `/` as `_`.
 PLAIN = (
-    "reward/mean", "reward/std", "groups/no_signal", "groups/filtered", "rewards/masked_fraction", "loss",
+    "reward/mean", "reward/std", "groups/no_signal", "groups/filtered", "rewards/masked_fraction",
+    "rewards/unreadable_fraction", "loss",
     "policy/kl", "policy/entropy", "policy/ratio", "policy/clip_fraction", "policy/clipped_completions_fraction",
     "policy/corrected_fraction", "policy/kl_clamped_fraction", "policy/truncated_fraction", "policy/logprob_mismatch",
     "policy/logprob_mismatch_max", "router/attention_entropy", "router/grad_norm", "router/prefix_rms_ratio",
@@ -49,6 +50,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("steps_planned", "gauge", "updates the run is to do"),
         Metric("task_reward", "gauge", "mean reward of a task's completions in the last step", ("task",)),
         Metric("task_masked_fraction", "gauge", "share of a task's completions without a verdict", ("task",)),
+        Metric("task_unreadable_fraction", "gauge", "share of a task's completions that are unreadable", ("task",)),
         Metric("verdicts_total", "counter", "completions by how scoring ended", ("task", "status")),
         Metric("curriculum_level", "gauge", "level that prompts are issued from", ("task",)),
         Metric("attention", "gauge", "share of attention", ("task", "expert")),
@@ -102,8 +104,8 @@ class Telemetry:
             match name.split("/"):
                 case ["reward", task] if task not in ("mean", "std"):
                     self._set("task_reward", value, task=task)
-                case ["rewards", "masked_fraction", task]:
-                    self._set("task_masked_fraction", value, task=task)
+                case ["rewards", ("masked_fraction" | "unreadable_fraction") as share, task]:
+                    self._set(f"task_{share}", value, task=task)
                 case ["verdicts", task, status]:
                     # A counter that is there from the start, so that its rate is 0 and not missing.
                     self._made["verdicts_total"].inc(value or 1e-9, self._run | {"task": task, "status": status})

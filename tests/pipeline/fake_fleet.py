@@ -16,7 +16,7 @@ from cluster.run.admission import Admission, Limits
 from cluster.run.driver import Driver
 from cluster.run.fleet import Fault, Fleet, StuckError
 from cluster.run.learning import Learning
-from cluster.run.masking import MaskedShare
+from cluster.run.masking import VerifierHealth
 from cluster.run.recovery import Recovery
 from cluster.run.scoring import GroupReport, WaveReport
 from experts.state import RouterSnapshot
@@ -336,7 +336,7 @@ class Stage:
             self.notes,
             self.recovery,
             self.learning,
-            MaskedShare(c.rewards.masked_limit, self.notes.notes.append),  # type: ignore[arg-type]
+            VerifierHealth(c.rewards, self.notes.notes.append),  # type: ignore[arg-type]
         )
 
     def run(self) -> None:

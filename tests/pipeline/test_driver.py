@@ -192,7 +192,7 @@ def test_a_death_while_a_checkpoint_is_written_or_a_validation_runs_ends_nothing
 def test_a_checkpoint_after_a_failure_knows_no_step_that_the_log_does_not(staleness: int) -> None:
     for failing in range(1, 12):
         stage = Stage(config(max_staleness=staleness, pipeline={"prompts_per_call": 1}), World(seed=failing))
-        observe, seen = stage.driver.masked.observe, []
+        observe, seen = stage.driver.verifiers.observe, []
 
         def fail(groups: Any, observe: Any = observe, seen: list[Any] = seen, failing: int = failing) -> None:
             seen.append(groups)
@@ -200,7 +200,7 @@ def test_a_checkpoint_after_a_failure_knows_no_step_that_the_log_does_not(stalen
                 raise RunError("enough")
             observe(groups)
 
-        stage.driver.masked.observe = fail  # type: ignore[method-assign]
+        stage.driver.verifiers.observe = fail  # type: ignore[method-assign]
         with pytest.raises(RunError, match="enough"):
             stage.run()
         assert [record["step"] for record in stage.notes.steps] == list(range(1, stage.notes.checkpoints[-1][0] + 1))

@@ -105,7 +105,7 @@ JAILED = {
 
 # What must not work without a jail either.
 ANYWHERE = {
-    "eats memory": "kept = bytearray(2**30); score = 1",
+    "eats memory": "kept = bytearray(2**29); score = 1",
     "eats shared memory": "kept = mmap.mmap(-1, 2**32); score = 1",
     "may dump its memory": "score = float(resource.getrlimit(resource.RLIMIT_CORE)[0] != 0)",
     "shrinks the board": (
@@ -117,7 +117,7 @@ ANYWHERE = {
         "    for data in (pickle.dumps(Evil()), struct.pack('!i', 80) + pickle.dumps(Evil())): os.write(fd, data)"
     ),
     "sends noise": "for fd in descriptors('sockets'): os.write(fd, os.urandom(700))",
-    "sends without end": "while True:\n    for fd in descriptors('sockets'): os.write(fd, struct.pack('<cI', b'W', 0))",
+    "sends without end": "up = descriptors('sockets')[-1]\nwhile True: os.write(up, struct.pack('<cI', b'W', 0))",
     "sends an escape": (
         "for fd in descriptors('sockets'): os.write(fd, struct.pack('<cI', b'W', 0) + b'\\x1b]0;{forged}\\x07')\n"
         "board().put(0, (4, 0.0, 0.0)); time.sleep(60)"
@@ -132,7 +132,7 @@ ANYWHERE = {
         "b = board()\nb._AT.pack_into(b._memory, 0, 0, time.monotonic() + 1e9)\n"
         "while True: b._AT.pack_into(b._memory, 0, 0, time.monotonic() + 1e9)"
     ),
-    "has just begun": "b = board()\nwhile True: b.start(0)",
+    "has just begun": "b = board()\nwhile True:\n    b.start(0)\n    time.sleep(0.001)",
     "exits": "os._exit(0)",
     "exits politely": "sys.exit(0)",
     "aborts": "os.abort()",
@@ -171,12 +171,15 @@ ANYWHERE = {
         "t.Executes.score = v.ExactInteger.score = lambda *_: 1.0"
     ),
 }  # fmt: skip
+# Where a later protection would have stopped it too, but late.
+STOPPED_BY = {"sends without end": "taken over", "stops the clock": "no verdict", "has just begun": "no verdict"}
 SURVIVORS = {
     "leaves a child": "subprocess.Popen(['sleep', '{survivor}'])",
     "leaves a child in its own session": "subprocess.Popen(['sleep', '{survivor}'], start_new_session=True)",
     "leaves an orphan": (
-        "if not os.fork():\n    os.setsid()\n"
-        "    if not os.fork(): os.execvp('sleep', ['sleep', '{survivor}'])\n    os._exit(0)"
+        "pid = os.fork()\nif not pid:\n    os.setsid()\n"
+        "    if not os.fork(): os.execvp('sleep', ['sleep', '{survivor}'])\n    os._exit(0)\n"
+        "os.waitpid(pid, 0); time.sleep(0.2)"
     ),
 }
 
@@ -185,11 +188,12 @@ SURVIVORS = {
 class Scene:
     """What completions could do harm to.
 
-    folder: holds a secret.  victim: a process that sleeps.  met: connections to a port of this machine.
+    folder: holds a secret.  victim: a process that waits for this one's end.  met: connections to a port of this
+    machine.
     """
 
     folder: Path
-    victim: subprocess.Popen[bytes] = field(default_factory=lambda: subprocess.Popen(["sleep", "86400"]))
+    victim: subprocess.Popen[bytes] = field(default_factory=lambda: _waiting())
     met: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -224,6 +228,11 @@ class Scene:
         self.victim.wait()
 
 
+def _waiting() -> subprocess.Popen[bytes]:
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
+
+
 def survivors() -> list[int]:
     """Processes that a completion has left behind."""
     found = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", SURVIVOR]]
@@ -241,7 +250,6 @@ def try_all(scene: Scene, jail: str, only: Sequence[str]) -> list[str]:
     breached = []
     with closing(RewardWorker({"task": Executes(), "exact": ExactInteger()}, config)) as worker:
         for name, attack in attacks.items():
-            began = time.monotonic()
             before, score, after = judge(worker, scene.code(attack))
             if [s.reward for s in (*before, *after)] != [1.0, 0.0, 1.0, 0.0]:
                 breached.append(f"{name}: verdicts of others: {before} {after}")
@@ -249,8 +257,8 @@ def try_all(scene: Scene, jail: str, only: Sequence[str]) -> list[str]:
                 breached.append(f"{name}: succeeded")
             if score.status is not RewardStatus.OK and not score.reason.isprintable():
                 breached.append(f"{name}: reason {score.reason!a}")
-            if time.monotonic() - began > 60:
-                breached.append(f"{name}: took {time.monotonic() - began:.0f} s")
+            if STOPPED_BY.get(name, "") not in score.reason:
+                breached.append(f"{name}: {score.reason!a}, not {STOPPED_BY[name]}")
             breached += [f"{name}: {what}" for what in scene.harm()]
             print(f"{name}: {score.status.value} {score.reason!a}", file=sys.stderr, flush=True)
     breached += [f"a process survives: {pid}" for pid in survivors()]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import psutil
 import pytest
 
 from rewards import jail
+from rewards.child import Board
 from rewards.config import RewardsConfig
 from rewards.verify import RewardsError
 from rewards.worker import RewardWorker
+from rollout.types import RewardStatus
 from tests.rewards.breaches import ANYWHERE, FORGED, JAILED, SURVIVORS, Executes
 from tests.rewards.test_worker import gone
 from tests.rewards.verifiers import Obedient, a_prompt
@@ -26,12 +29,12 @@ from tests.rewards.verifiers import Obedient, a_prompt
 ROOT = Path(__file__).parents[2]
 
 
-def breaches(folder: Path, *line: str, root: Path = ROOT) -> list[str]:
+def breaches(folder: Path, *line: str, root: Path = ROOT, limit_s: float = 240) -> list[str]:
     """What `breaches.py` prints, with what it should not have printed."""
     folder.mkdir()
     command = [sys.executable, "-m", "tests.rewards.breaches", str(folder), *line]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=limit_s)
     assert done.returncode == 0, done.stderr
     printed = [f"printed {FORGED}"] * (done.stdout + done.stderr).replace("\\", "").count(f"\n{FORGED}")
     return [*json.loads(done.stdout.splitlines()[-1]), *printed]
@@ -52,12 +55,13 @@ MUTATIONS = {
     "seccomp": ("jail.py", "if found.seccomp:", "if False:", ["forks"]),
     "threads alone": ("jail.py", "(_BITS, 0, 1, _CLONE_THREAD), allow]", "allow]", ["forks"]),
     "own threads alone": ("jail.py", "(_EQUAL, 0, 1, pid), allow]", "allow]", ["kills a thread of another"]),
-    "limits are looked at": ("jail.py", '"prlimit64": [', '"prlimit64": [allow] and [allow,', ["raises a limit"]),
+    "limits are looked at": ("jail.py", '"prlimit64": [', '"prlimit64": [allow] and [allow,',
+                             ["raises another's limit"]),
     "environment": ("zygote.py", "env=_jail_environment() if self._jailed else None", "env=None",
                     ["reads its environment"]),
     "folder": ("zygote.py", "_working_folder(limits.jailed)", "_working_folder(False)", ["finds files in its folder"]),
-    "descriptors": ("zygote.py", "os.closerange(3, _FIRST_DESCRIPTOR)", "", ["has other descriptors"]),
-    "output": ("zygote.py", "os.dup2(null, standard)", "", ["prints"]),
+    "descriptors": ("zygote.py", "os.closerange(3, _FIRST_DESCRIPTOR)", "pass", ["has other descriptors"]),
+    "output": ("zygote.py", "os.dup2(null, standard)", "pass", ["prints"]),
     "memory": ("child.py", 'resource.RLIMIT_DATA: held["VmData"] + limits.memory,', "", ["eats memory"]),
     "address space": ("child.py", 'resource.RLIMIT_AS: held["VmSize"] + limits.memory + _OUTSIDE_DATA,', "",
                       ["eats shared memory"]),
@@ -74,15 +78,12 @@ MUTATIONS = {
     "no pickle": ("child.py", "if not _MESSAGE.size <=",
                   'if message[:1] == b"\\x80":\n        pickle.loads(message)\n    if not _MESSAGE.size <=',
                   ["sends a pickle"]),
-    "kinds of messages": ("child.py", "raise ValueError(\"a message of no known kind\")", "kind = READ",
-                          ["sends noise"]),
     "number of messages": ("pool.py", "if messages > count + 2 or index > count:", "if False:",
                            ["sends without end"]),
-    "finite verdicts": ("child.py", "if not (math.isfinite(reward) and math.isfinite(answer)):", "if False:",
+    "finite verdicts": ("child.py", "and math.isfinite(reward) and math.isfinite(answer)", "",
                         ["forges an infinite verdict"]),
     "own clock": ("pool.py", "since = min(since, seen_at) if index == seen >= 0 else seen_at", "pass",
                   ["stops the clock"]),
-    "own look at the clock": ("pool.py", "elif now - seen_at > limit or", "elif", ["has just begun"]),
     "plain text": ("child.py", "if c.isprintable() else", "if True else", ["sends an escape"]),
 }  # fmt: skip
 WITHOUT_JAIL = {*SURVIVORS, "shrinks the board"}
@@ -97,10 +98,12 @@ def test_every_protection_is_needed(protection: str, tmp_path: Path) -> None:
     path = tmp_path / "rewards" / file
     text = path.read_text()
     assert text.count(old) == 1, "the code has moved on: mend the mutation"
-    path.write_text(text.replace(old, new))
+    mutant = text.replace(old, new)
+    compile(mutant, file, "exec")
+    path.write_text(mutant)
     mode = "off" if WITHOUT_JAIL & set(attacks) else "require"
     try:
-        found = breaches(tmp_path / "outside", "--jail", mode, "--only", *attacks, root=tmp_path)
+        found = breaches(tmp_path / "outside", "--jail", mode, "--only", *attacks, root=tmp_path, limit_s=60)
     except (AssertionError, subprocess.TimeoutExpired) as error:  # the owner itself was brought down
         found = [str(error)]
     print(found)
@@ -108,6 +111,12 @@ def test_every_protection_is_needed(protection: str, tmp_path: Path) -> None:
     for process in psutil.process_iter(["cmdline"]):
         if any(str(tmp_path) in word for word in process.info["cmdline"] or ()):
             process.kill()
+
+
+def test_a_process_that_says_that_it_has_just_begun_is_late_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(RewardWorker({"task": Obedient()}, RewardsConfig(timeout_s=0.3))) as worker:
+        monkeypatch.setattr(Board, "at", lambda self: (0, time.monotonic()))
+        assert worker.score_texts([(a_prompt(), "sleep 60")])[0].status is RewardStatus.TIMEOUT
 
 
 def test_a_scoring_process_ends_with_its_zygote() -> None:
