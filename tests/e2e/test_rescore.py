@@ -11,8 +11,9 @@ from tests.e2e.conftest import Runs
 
 @pytest.mark.slow
 @pytest.mark.e2e
+@pytest.mark.timeout(600)
 def test_a_real_run_s_own_settings_change_nothing(runs: Runs) -> None:
-    done = runs.train("steps=2")
+    done = runs.train("steps=2", "evaluation.prompts=2", "evaluation.router_examples=2", "evaluation.stand_ins=0")
     assert done.returncode == 0, done.stdout + done.stderr
     command = [*runs.command()[:3], "score", str(runs.folder / "runs" / "run"), "--steps", "1..2", "--json"]
     again = runs.start(command)
