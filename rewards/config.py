@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
 _FUNCTION = re.compile(r"[\w.]+:\w+")
@@ -269,3 +269,8 @@ class RewardsConfig(BaseModel):
     jail_exempt: tuple[str, ...] = ()
     isolate: Literal["process", "completion"] = "process"
     reuse: int = Field(8192, ge=1)
+
+    @field_validator("jail", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false

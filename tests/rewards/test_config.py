@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rewards.config import DataConfig, TaskConfig
+import pytest
+import yaml
+
+from rewards.config import DataConfig, RewardsConfig, TaskConfig
 
 
 def test_a_glimpse_is_some_of_what_is_made_and_all_of_what_could_be_missing() -> None:
@@ -22,3 +25,9 @@ def test_a_glimpse_is_some_of_what_is_made_and_all_of_what_could_be_missing() ->
         "puzzles": 100, "few": 30, "narrow": whole, "part": whole, "both": whole, "file": whole
     }  # fmt: skip
     assert DataConfig(tasks=tasks[-1:]).glimpse() is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("word", ["require", "best_effort", "off", '"off"'])
+def test_the_jail_s_settings_can_be_written_bare(word: str) -> None:
+    """YAML reads some bare words as truth values."""
+    assert RewardsConfig.model_validate(yaml.safe_load(f"jail: {word}")).jail == word.strip('"')
