@@ -15,7 +15,8 @@ _THINK, _END_OF_THINK = "<think>", "</think>"
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BRACE = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}\{|\\.|[{}]", re.DOTALL)
 _SPOKEN = re.compile(r"\banswer\s++is\b", re.IGNORECASE)
-_LEAD = re.compile(r"(?:[\s*_:#`$]|\\[\[(])*+")  # markup between a marker and what it marks
+# Markup between a marker and what it marks, and delimiters of formulas on a line of their own.
+_LEAD = re.compile(r"(?:[\s*_:#`]|(?:\$\$?|\\[\[(])[ \t]*+\n)*+")
 _QUESTION = r"question(?: ?[0-9]{1,4})? ?:"
 _LONGEST_MARKER = 200  # characters of a template's line in front of the question
 
@@ -115,7 +116,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _hashed(text: str) -> str | None:
-    before, mark, after = text.rpartition("####")
+    _, mark, after = text.rpartition("####")
     return _first_line(after) if mark else None
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 from rewards.answers import marked_part, stated_text
@@ -20,6 +21,7 @@ _MOST_DIGITS = 1000  # of one number; an answer that goes on for longer is none
 _MOST_BITS = 10_000  # of a numerator or denominator
 _MOST_EXPONENT = 1000
 _DEEPEST = 20  # brackets within brackets
+_NESTED = 4  # commands for fonts within each other
 
 _GROUP = "\u2009"  # stands for every space that LaTeX or Unicode has for groups of digits
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -34,7 +36,18 @@ _CHARACTERS = str.maketrans(
     | dict.fromkeys("\u00a0\u2007\u2008\u202f\u2009\u2005\u2006", _GROUP)
     | dict.fromkeys("’ʼ", "'")
     | dict.fromkeys("→⇒⟹", " so ")
-    | {"≈": "≈", "…": "...", "：": ":", "，": ", ", "；": ";", "。": ". ", "＝": "=", "％": "%", "＄": "", "°": " degrees "}
+    | {
+        "≈": "≈",
+        "…": "...",
+        "：": ":",
+        "，": ", ",
+        "；": ";",
+        "。": ". ",
+        "＝": "=",
+        "％": "%",
+        "＄": "",
+        "°": " degrees ",
+    }
     | {character: f" {fraction} " for character, fraction in _FRACTIONS.items()}
 )
 _LATEX = tuple(
@@ -49,20 +62,24 @@ _LATEX = tuple(
         (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\^ ?\{? ?\\circ(?![A-Za-z]) ?\}?|\\degree(?![A-Za-z])", " degrees "),
-        (r"\\(?:boxed|fbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|emph|bm|boldsymbol)(?![A-Za-z])", " "),
         (r"\\(?:Rightarrow|rightarrow|implies|to|therefore)(?![A-Za-z])", " so "),
         (r"\\approx(?![A-Za-z])", "≈"),
         (r"\\(?:le|leq|ge|geq|ne|neq|lt|gt)(?![A-Za-z])", "<"),
     )
 )  # fmt: skip
+_WRAPPING = (
+    r"\\(?:boxed|fbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|emph|bm|boldsymbol)(?![A-Za-z])"
+)
+_WRAPPED = re.compile(_WRAPPING + r"[ ]?\{([^{}]*)\}")
+_UNMATCHED = re.compile(_WRAPPING)
 _ANNOTATION = re.compile(r"<<[^<>]{0,200}>>|</?[A-Za-z][^<>]{0,40}>")  # GSM8K's calculator notes, tags
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _BOLD = re.compile(r"(?<![0-9)}])\*\*|\*\*(?![0-9(\-])")
 
 _TOKEN = re.compile(
     rf"""
-    (?P<number>(?:[0-9]{{1,3}}(?P<mark>[,'\ {_GROUP}])[0-9]{{3}}(?:(?P=mark)[0-9]{{3}})*+(?![0-9])|[0-9]++)(?:\.[0-9]++)?
-              |\.[0-9]++)
+    (?P<number>(?:[0-9]{{1,3}}(?P<mark>[,'\ {_GROUP}])[0-9]{{3}}(?:(?P=mark)[0-9]{{3}})*+(?![0-9])|[0-9]++)
+               (?:\.[0-9]++)?|\.[0-9]++)
     (?P<exponent>[eE][+-]?[0-9]++)?
   | (?P<fraction>\\frac(?![A-Za-z]))
   | (?P<command>\\[A-Za-z]++)
@@ -115,39 +132,39 @@ class NumberVerifier:
         return float(given is not None and given == number(prompt.answer))
 
 
-def final_number(text: str, hundredths: bool = False) -> Fraction | None:
+def final_number(text: str, mathematics: bool = False) -> Fraction | None:
     """The number that a text states as its answer: see `marked_part`, else the last number of the text.
 
-    hundredths: a percent sign divides by 100; otherwise it is a unit.
+    mathematics: a percent sign divides by 100 and "!" is a factorial; otherwise they are a unit and punctuation.
 
     None when there is no number, when it is a part of an expression that is none, or when others stand beside it.
     """
     part = marked_part(text)
     if part is None:
-        return _last_number(_last_line(text), hundredths)
-    return first_number(part, hundredths)
+        return _last_number(_last_line(text), mathematics)
+    return first_number(part, mathematics)
 
 
-def first_number(part: str, hundredths: bool = False) -> Fraction | None:
+def first_number(part: str, mathematics: bool = False) -> Fraction | None:
     """The first number of a part that states the answer, or the last in its chain of equals signs."""
     if len(part) > _LONGEST_PART:
         part = part[:_LONGEST_PART].rpartition(" ")[0]
     if plain := _PLAIN.fullmatch(part):
         return Fraction(int(plain[1]))
     tokens = _tokens(part)
-    chains = _chains(tokens, _values(tokens, hundredths))
+    chains = _chains(tokens, _values(tokens, mathematics))
     return _unrivalled(tokens, chains, lambda kept, other: (kept, other))
 
 
-def _last_number(line: str, hundredths: bool) -> Fraction | None:
+def _last_number(line: str, mathematics: bool) -> Fraction | None:
     if plain := _PLAIN.fullmatch(line):
         return Fraction(int(plain[1]))
     tokens = _tokens(line)
-    chains = _chains(tokens, _values(tokens, hundredths))
+    chains = _chains(tokens, _values(tokens, mathematics))
     return _unrivalled(tokens, chains[::-1], lambda kept, other: (other, kept))
 
 
-def number(text: str, hundredths: bool = False) -> Fraction | None:
+def number(text: str, mathematics: bool = False) -> Fraction | None:
     r"""The exact value of a text that is one number: "1,000", "$1,000", "3/4", "\frac{3}{4}", "1.8 \times 10^3".
 
     None for anything else, sums and differences among them ("2024-01-15"), and for what is too large to be written out.
@@ -157,11 +174,10 @@ def number(text: str, hundredths: bool = False) -> Fraction | None:
     tokens = _tokens(text)
     while tokens and tokens[-1].text == ".":
         tokens.pop()
-    values = _values(tokens, hundredths)
+    values = _values(tokens, mathematics)
     if len(values) != 1 or (values[0].first, values[0].last) != (0, len(tokens)):
         return None
-    pairs = zip(tokens, tokens[1:], strict=False)
-    if any(second.text in ("+", "-") and first.kind in _ENDS for first, second in pairs):
+    if any(second.text in ("+", "-") and first.kind in _ENDS for first, second in pairwise(tokens)):
         return None
     return values[0].number
 
@@ -214,6 +230,9 @@ def _tokens(text: str) -> list[_Token]:
     if "\\" in text or "{,}" in text or "~" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+        for _ in range(_NESTED):
+            text = _WRAPPED.sub(r" \1 ", text)
+        text = _UNMATCHED.sub(" ", text)
     text = re.sub("[$€£¥₹]", "", text)
     if "**" in text:
         text = _BOLD.sub(" ", text)
@@ -231,7 +250,7 @@ def _named(token: _Token) -> _Token:
     return token
 
 
-def _values(tokens: Sequence[_Token], hundredths: bool) -> list[_Value]:
+def _values(tokens: Sequence[_Token], mathematics: bool) -> list[_Value]:
     """Every arithmetic expression of the tokens, in order."""
     values = []
     at = 0
@@ -240,7 +259,7 @@ def _values(tokens: Sequence[_Token], hundredths: bool) -> list[_Value]:
             at += 1
             continue
         try:
-            found = _Arithmetic(tokens, hundredths).sum(at)
+            found = _Arithmetic(tokens, mathematics).sum(at)
         except _NotRead:
             values.append(_Value(None, at, at + 1, ""))
             at += 1
@@ -249,7 +268,7 @@ def _values(tokens: Sequence[_Token], hundredths: bool) -> list[_Value]:
             at += 1
             continue
         amount, last = found
-        whole = not _bound_before(tokens, at) and not _bound_after(tokens, last)
+        whole = not _bound_before(tokens, at) and not _bound_after(tokens, last, mathematics)
         unit = tokens[last].text if last < len(tokens) and tokens[last].kind == "word" else ""
         squared = len(unit) > 0 and [t.kind for t in tokens[last + 1 : last + 3]] == ["power", "number"]
         values.append(_Value(amount if whole else None, at, last, unit.lower()))
@@ -294,8 +313,8 @@ def _bound_before(tokens: Sequence[_Token], at: int) -> bool:
     return touches and before.kind in ("number", "close")
 
 
-def _bound_after(tokens: Sequence[_Token], at: int) -> bool:
-    """Whether what stands behind an expression makes it a part of a larger one: 3x, 2\\pi, 5 + y; not 5 kg."""
+def _bound_after(tokens: Sequence[_Token], at: int, mathematics: bool) -> bool:
+    r"""Whether what stands behind an expression makes it a part of a larger one: 3x, 2\pi, 5 + y; not 5 kg."""
     if at == len(tokens):
         return False
     token, touches = tokens[at], tokens[at - 1].end == tokens[at].start
@@ -303,7 +322,7 @@ def _bound_after(tokens: Sequence[_Token], at: int) -> bool:
         return True
     if token.kind == "word":
         return not _is_unit(tokens, at, touches)
-    if token.kind in ("open", "number"):
+    if token.kind in ("open", "number") or (token.text == "!" and mathematics):
         return touches
     return token.kind == "operator" and _operand(tokens, at + 1)
 
@@ -348,8 +367,8 @@ class _Arithmetic:
         _NotRead: division by zero, a number too large to be written out, too many brackets.
     """
 
-    def __init__(self, tokens: Sequence[_Token], hundredths: bool) -> None:
-        self.tokens, self.hundredths = tokens, hundredths
+    def __init__(self, tokens: Sequence[_Token], mathematics: bool) -> None:
+        self.tokens, self.mathematics = tokens, mathematics
         self._depth = 0
 
     def sum(self, at: int) -> tuple[Fraction, int] | None:
@@ -394,7 +413,7 @@ class _Arithmetic:
         if self._kind(at) == "power" and (exponent := self._exponent(at + 1)):
             value, at = _power(value, exponent[0]), exponent[1]
         if self._kind(at) == "percent":
-            value, at = (value / 100 if self.hundredths else value), at + 1
+            value, at = (value / 100 if self.mathematics else value), at + 1
         return value, at
 
     def _exponent(self, at: int) -> tuple[Fraction, int] | None:

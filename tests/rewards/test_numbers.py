@@ -50,7 +50,7 @@ def test_what_is_not_a_thousand(text: str) -> None:
     ("text", "value"),
     [
         ("10-3 = 7", 7),
-        ("7 = 10-3", 3),
+        ("7 = 10-3", 7),
         ("it is -3", -3),
         ("it is -$3", -3),
         ("it is $-3", -3),
