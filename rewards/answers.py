@@ -36,7 +36,10 @@ def stated_text(completion: str, prompt: Prompt) -> str:
     text = completion.rpartition(_END_OF_THINK)[2]
     if _THINK in text:
         return ""
-    for found in _next_question(_question_marker(prompt)).finditer(text):
+    marker, lowered = _question_marker(prompt), text.lower()
+    if "question" not in lowered and (not marker or marker.lower() not in lowered):
+        return text
+    for found in _next_question(marker).finditer(text):
         if text[: found.start()].strip():  # a question at the very start is an echo of the prompt
             return text[: found.start()]
     return text

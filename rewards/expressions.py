@@ -64,10 +64,11 @@ _UNIT = re.compile(
     r"(?<=[^\s,=(+*/^-]) *(?:\\(?:text|mbox|textrm|mathrm) ?\{[^{}]*\}| (?![abcnxyz]+$)[A-Za-z]{2,})(?:\^\{?[23]\}?)?$"
 )
 _CHARACTERS = re.compile(r"[0-9A-Za-z +\-*/^=<>()\[\]{}|,;.!%\\_&]*")
-# Numbers side by side, other exponents of ten, roots of computed degree, towers of powers without brackets.
+# Numbers side by side or with an index (the grammar drops it), other exponents of ten, roots of computed degree,
+# towers of powers without brackets.
 _REFUSED = re.compile(
     r"(?<![_0-9.])[0-9.]++ +[0-9]|[0-9][eE][0-9+]|\\sqrt ?\[(?! ?(?:[0-9]{1,2}|[a-z]) ?\])|!!|\.\."
-    r"|\^ ?[A-Za-z0-9] ?\^|_ ?[A-Za-z0-9] ?_"
+    r"|(?<![A-Za-z_])[0-9]++ ?_|\^ ?[A-Za-z0-9] ?\^|_ ?[A-Za-z0-9] ?_"
 )
 _NAMES = """
     frac sqrt cdot times div pm mp pi theta alpha beta gamma delta epsilon varepsilon lambda mu nu rho sigma tau phi

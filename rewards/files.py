@@ -93,8 +93,8 @@ def _entry(task: TaskConfig, data: DataConfig, row: dict[str, Any], where: str) 
     if task.verifier in (None, "number"):
         if number(gold) is None:
             raise RewardsError(
-                f"task {task.name!r}: {where}: answer {_shown(gold)} is no number that can be compared; "
-                "set verifier to math, text or your own"
+                f"task {task.name!r}: {where}: answer {_shown(gold)} is no number; "
+                "set verifier to math, text or your own (a number has at most 1,000 digits)"
             )
         gold = gold.replace(",", "")
     if task.verifier == "integer" and integer(gold) is None:

@@ -98,7 +98,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-_PLAIN = re.compile(r"\s*(-?[0-9]{1,18})\s*")
+_PLAIN = re.compile(r"\s*+(-?[0-9]{1,18})\.?\s*+")  # most answers, read without tokens
 
 # One letter behind a number that is a unit; any other is a variable: 18m, 18 h; not 3x.
 _LETTER_UNITS = frozenset("mgshdtlLCFKNJWVA")
@@ -169,6 +169,8 @@ def number(text: str, mathematics: bool = False) -> Fraction | None:
 
     None for anything else, sums and differences among them ("2024-01-15"), and for what is too large to be written out.
     """
+    if plain := _PLAIN.fullmatch(text):
+        return Fraction(int(plain[1]))
     if len(text) > _LONGEST_PART:
         return None
     tokens = _tokens(text)
@@ -197,12 +199,14 @@ class _Value(NamedTuple):
     number: its value; None where it is a part of an expression that is no number, or too large.
     first, last: its tokens are [first, last).
     unit: the word behind it, empty if there is none.
+    steps: how many values an equals sign has joined into it.
     """
 
     number: Fraction | None
     first: int
     last: int
     unit: str
+    steps: int = 1
 
 
 class _NotRead(ArithmeticError):
@@ -542,7 +546,7 @@ def _chains(tokens: Sequence[_Token], values: Sequence[_Value]) -> list[_Value]:
         if chains and "near" in kinds:
             chains[-1] = chains[-1]._replace(last=value.last)
         elif chains and kinds and kinds[-1] == "equals" and set(kinds[:-1]) <= {"word", "equals", "open", "close"}:
-            chains[-1] = value._replace(first=chains[-1].first)
+            chains[-1] = value._replace(first=chains[-1].first, steps=chains[-1].steps + 1)
         else:
             chains.append(value)
     return chains
@@ -575,6 +579,8 @@ def _joined(tokens: Sequence[_Token], left: _Value, right: _Value) -> bool:
         return False
     if len(words) <= _MOST_HEDGING and not _HEDGES.isdisjoint(words):
         return True
+    if max(left.steps, right.steps) > 1:
+        return False  # steps of a calculation
     unit = between.pop(0).text.lower() if between and between[0].kind == "word" and words[0] not in _CONNECTORS else ""
     if len(between) > 1 and between[-1].kind == "equals" and between[-2].kind == "word" and len(between[-2].text) == 1:
         del between[-2:]
@@ -583,7 +589,7 @@ def _joined(tokens: Sequence[_Token], left: _Value, right: _Value) -> bool:
         return False
     if any(token.kind not in _JOINING and token.text.lower() not in _CONNECTORS for token in between):
         return False
-    if signs in ([")"], ["]"]) or (signs == [":"] and len(between) == 1 and _is_label(tokens, left.last)):
+    if signs in ([")"], ["]"]) or (signs == [":"] and _is_label(tokens, between[0])):
         return False
     if unit and "," in signs and len(between) == signs.count(","):
         return right.unit == unit
@@ -595,6 +601,7 @@ def _alone_in_brackets(tokens: Sequence[_Token], value: _Value) -> bool:
     return place < len(tokens) and tokens[place].kind == "close"
 
 
-def _is_label(tokens: Sequence[_Token], colon: int) -> bool:
-    """Whether a colon follows what it stands behind, and a space follows it: "Step 2: 18"."""
-    return tokens[colon - 1].end == tokens[colon].start and tokens[colon].end < tokens[colon + 1].start
+def _is_label(tokens: Sequence[_Token], colon: _Token) -> bool:
+    """Whether a colon touches what stands before it and not what follows: "Step 2: 18"."""
+    place = tokens.index(colon)
+    return tokens[place - 1].end == colon.start and colon.end < tokens[place + 1].start

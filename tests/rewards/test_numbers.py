@@ -72,3 +72,30 @@ def test_a_number_is_read_back_from_any_way_of_writing_it(top: int, bottom: int)
 @given(st.text(alphabet="0123456789.,$/-\\boxedfrac{}# answer is\n", max_size=60))
 def test_no_text_makes_it_raise(text: str) -> None:
     assert final_number(text) is None or isinstance(final_number(text), Fraction)
+
+
+CENTS = st.integers(-10_000, 10_000).map(lambda cents: f"{cents / 100:.2f}")
+
+
+@given(
+    CENTS,
+    st.integers(0, 10_000).map(lambda cents: f"{cents / 100:.2f}"),
+    st.sampled_from([" or ", " and ", ", ", "; ", " to ", ":", " | ", " ", " or maybe ", " & ", " apples or "]),
+    st.sampled_from(["#### {}", "<answer>{}</answer>", "\\boxed{{{}}}", "The answer is {}", "it is {}"]),
+)
+def test_different_values_side_by_side_are_no_answer(one: str, other: str, joint: str, mark: str) -> None:
+    expected = Fraction(one) if Fraction(one) == Fraction(other) else None
+    assert final_number(mark.format(one + joint + other)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["1e30000000", "1e-30000000", "9" * 5000, "9^" * 300 + "9", "2^99999999", "1/0", "(" * 500]
+)
+def test_numbers_too_large_to_be_written_out_are_none(text: str) -> None:
+    assert number(text) is None
+    assert final_number(f"The answer is {text}") is None
+
+
+@pytest.mark.parametrize("text", ["2024-01-15", "18 or 19", "18 apples", "10-3", "1,2", "x", "", "18:30", "1.2.3"])
+def test_what_is_not_one_number_is_no_gold_answer(text: str) -> None:
+    assert number(text) is None
