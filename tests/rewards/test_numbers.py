@@ -89,11 +89,17 @@ def test_different_values_side_by_side_are_no_answer(one: str, other: str, joint
 
 
 @pytest.mark.parametrize(
-    "text", ["1e30000000", "1e-30000000", "9" * 5000, "9^" * 300 + "9", "2^99999999", "1/0", "(" * 500]
+    "text", ["1e30000000", "1e99999", "1e-30000000", "9" * 5000, "9^" * 300 + "9", "2^99999999", "1/0", "(" * 500]
 )
 def test_numbers_too_large_to_be_written_out_are_none(text: str) -> None:
     assert number(text) is None
     assert final_number(f"The answer is {text}") is None
+
+
+def test_no_more_of_a_part_is_read_than_2000_characters() -> None:
+    words = "word " * 300
+    assert final_number(f"The answer is {words}18") == final_number(f"18 {words}") == 18
+    assert final_number(f"The answer is {words * 2}18") is None is final_number(f"18 {words * 2}")
 
 
 @pytest.mark.parametrize("text", ["2024-01-15", "18 or 19", "18 apples", "10-3", "1,2", "x", "", "18:30", "1.2.3"])

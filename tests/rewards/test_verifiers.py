@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rewards.config import RewardsConfig, TaskConfig
@@ -70,6 +70,9 @@ def test_another_question_begins_at_the_template_s_own_marker(template: str, mar
 
 
 @given(st.text(min_size=1).filter(str.strip))
+@example("*")
+@example("<think>")
+@example("\\boxed{}")
 @settings(max_examples=50, deadline=None)
 def test_the_gold_answer_itself_is_right(gold: str) -> None:
     for verifier in VERIFIERS.values():
@@ -96,8 +99,8 @@ def test_no_text_makes_a_verifier_raise(pieces: list[str], gold: str) -> None:
 REPEATED = (
     "<answer>", "</answer>", "<answer>1</answer>", "<think>", "</think>", "\n", "\r", " ", "#### ", "answer is ",
     "answer ", "answer is\n", "\\boxed{", "\\boxed{1}", "\\fbox{1} ", "{", "}", "\\frac{", "\\text{", "1 ", "1,", "1",
-    "1/", "1.", "9e9 ", "- ", "=1", "or 1 ", "^", "(", "\\", "\\[", "$", "*", "_", "`", "**1** ", "'", "<", "<a", "<<", "½",
-    "\u2009", "Question: ", "\nQuestion: ", "\nQ: 1", "Q:", "a", "not ", "<b>", "answer is $",
+    "1/", "1.", "9e9 ", "- ", "=1", "or 1 ", "^", "(", "\\", "\\[", "$", "*", "_", "`", "**1** ", "'", "<", "<a", "<<",
+    "½", "\u2009", "Question: ", "\nQuestion: ", "\nQ: 1", "Q:", "a", "not ", "<b>", "answer is $",
 )  # fmt: skip
 
 
