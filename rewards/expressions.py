@@ -25,9 +25,11 @@ _LONGEST = 400  # characters; parsing takes time that grows quickly
 _DEEPEST = 12  # brackets within brackets
 _MOST_DIGITS = 300  # of one number
 _MOST_BITS = 40_000  # of a number that an expression stands for
+_MOST_BITS_BESIDE_ROOTS = 2_000  # where roots or functions are in it, which take long to so many digits
 _MOST_FACTORS = 3000
 _LEAST_DIGITS = 100  # that values are computed to, where they are not exact
-_POINTS = ("2", "3", "5", "7")  # unknowns are given multiples of their roots: polynomials in them differ
+# Unknowns are set to these, exactly: what is equal for all of them is equal.
+_POINTS = tuple(Fraction(top, 1_000_003) for top in (1_414_213, 2_236_067, 1_732_051, 2_645_751, 3_316_624))
 
 _UNICODE = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
@@ -273,17 +275,27 @@ def _at_points(one: Any, other: Any) -> Iterator[tuple[Any, Any, int]]:
     import mpmath
 
     names = sorted({symbol.name for symbol in one.free_symbols | other.free_symbols})
-    digits = _LEAST_DIGITS + 2 * max(_bits(one), _bits(other)) * 3 // 10
+    bits = max(_bits(one), _bits(other))
+    if bits > _MOST_BITS_BESIDE_ROOTS and not (_is_rational(one) and _is_rational(other)):
+        raise _NotRead("too large a number beside roots or functions")
+    digits = _LEAST_DIGITS + 2 * bits * 3 // 10
     with mpmath.workdps(digits):
-        for shift in range(len(_POINTS) if names else 1):
+        for shift in range(len(_POINTS) - 1 if names else 1):
             values = {name: _unknown(place, shift) for place, name in enumerate(names)}
             yield _value(one, values), _value(other, values), digits
 
 
-def _unknown(place: int, shift: int) -> Any:
-    import mpmath
+def _unknown(place: int, shift: int) -> Fraction:
+    """A value of the unknown at a place of the alphabet; negative in one of the rounds."""
+    return _POINTS[(place + shift) % len(_POINTS)] * (1 + place // len(_POINTS)) * (-1) ** (shift == 1)
 
-    return mpmath.sqrt(_POINTS[(place + shift) % len(_POINTS)]) * (1 + mpmath.mpf(place) / 7) * (-1) ** (shift == 1)
+
+def _is_rational(tree: Any) -> bool:
+    """Whether the value is rational for rational unknowns."""
+    if type(tree).__name__ == "Pow" and not tree.args[1].is_Integer:
+        return False
+    named = tree.is_Rational or tree.is_Symbol or type(tree).__name__ in _EXACT
+    return named and all(map(_is_rational, tree.args))
 
 
 def _close(one: Any, other: Any, digits: int) -> bool:

@@ -112,6 +112,10 @@ _CONNECTORS = frozenset(
     ("and", "to", "through", "till", "until", "by", "vs", "versus", "nor", "between", "from", "either", "both", "also",
      "even", "then", "about", "around", "approximately", "roughly")
 )  # fmt: skip
+_PARTICLES = frozenset(
+    ("of", "out", "in", "on", "at", "for", "with", "per", "after", "before", "than", "is", "are", "was", "because",
+     "since", "as", "so", "if", "when", "but", "the", "times")
+)  # fmt: skip
 _NEGATIONS = frozenset(("not", "never", "neither", "nor", "isn't", "than"))
 _MOST_HEDGING = 5  # words between two values, one of them "or"
 _SIGNS = ("minus", "negative", "Minus", "Negative")
@@ -274,10 +278,16 @@ def _values(tokens: Sequence[_Token], mathematics: bool) -> list[_Value]:
         amount, last = found
         whole = not _bound_before(tokens, at) and not _bound_after(tokens, last, mathematics)
         unit = tokens[last].text if last < len(tokens) and tokens[last].kind == "word" else ""
-        squared = len(unit) > 0 and [t.kind for t in tokens[last + 1 : last + 3]] == ["power", "number"]
         values.append(_Value(amount if whole else None, at, last, unit.lower()))
-        at = last + 3 * squared if whole else last
+        exponent = _exponent_length(tokens, last + 1) if unit and whole else 0
+        at = last + 1 + exponent if exponent else last
     return values
+
+
+def _exponent_length(tokens: Sequence[_Token], at: int) -> int:
+    """Number of tokens of a unit's exponent: of ^2 in 18 cm^2."""
+    kinds = [token.kind for token in tokens[at : at + 4]]
+    return 2 if kinds[:2] == ["power", "number"] else 4 if kinds == ["power", "open", "number", "close"] else 0
 
 
 def _starts(tokens: Sequence[_Token], at: int) -> bool:
@@ -581,7 +591,9 @@ def _joined(tokens: Sequence[_Token], left: _Value, right: _Value) -> bool:
         return True
     if max(left.steps, right.steps) > 1:
         return False  # steps of a calculation
-    unit = between.pop(0).text.lower() if between and between[0].kind == "word" and words[0] not in _CONNECTORS else ""
+    unit = ""
+    if between and between[0].kind == "word" and words[0] not in _CONNECTORS | _PARTICLES:
+        unit = between.pop(0).text.lower()
     if len(between) > 1 and between[-1].kind == "equals" and between[-2].kind == "word" and len(between[-2].text) == 1:
         del between[-2:]
     signs = [token.text for token in between if token.kind != "word"]
@@ -591,6 +603,8 @@ def _joined(tokens: Sequence[_Token], left: _Value, right: _Value) -> bool:
         return False
     if signs in ([")"], ["]"]) or (signs == [":"] and _is_label(tokens, between[0])):
         return False
+    if unit and not between:
+        return right.unit != ""
     if unit and "," in signs and len(between) == signs.count(","):
         return right.unit == unit
     return True
