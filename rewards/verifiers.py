@@ -13,7 +13,7 @@ from typing import Any
 
 from rewards.answers import marked_part, plain_text, stated_text
 from rewards.config import RewardTerm, TaskConfig
-from rewards.expressions import equal as equal_expressions
+from rewards.latex import equal as equal_expressions
 from rewards.numbers import NumberVerifier, final_number, number
 from rewards.verify import ExactInteger, RewardsError, Verifier
 from rollout.types import Prompt
@@ -45,7 +45,7 @@ class TextVerifier:
 class MathVerifier:
     """Scores 1 when what the completion states as its answer equals the gold answer, else 0.
 
-    Equal means: the same number exactly, the same text, or the same expression to math-verify as `rewards.expressions`
+    Equal means: the same number exactly, the same text, or the same expression to math-verify as `rewards.latex`
     uses it.  28% is 0.28.
     """
 
