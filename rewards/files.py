@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from rewards.config import DataConfig, TaskConfig
-from rewards.numbers import number
+from rewards.numbers import NumberVerifier, number
 from rewards.prompts import prompt_of
 from rewards.splits import split_of, split_text
-from rewards.verify import RewardsError, integer
+from rewards.verifiers import MathVerifier, TextVerifier
+from rewards.verify import ExactInteger, RewardsError, Verifier, integer
 from rollout.types import Prompt
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_LONGEST_SHOWN = 80  # characters of an answer that a message repeats
+_TEXT_VERIFIERS: dict[str, Verifier] = {
+    "number": NumberVerifier(), "math": MathVerifier(), "text": TextVerifier(), "integer": ExactInteger()
+}  # fmt: skip
 _CONFIGURATIONS = {"openai/gsm8k": "main"}  # of data sets that have several, where one is the usual
 
 
@@ -88,9 +93,21 @@ def _entry(task: TaskConfig, data: DataConfig, row: dict[str, Any], where: str) 
     if task.verifier in (None, "number"):
         if number(gold) is None:
             raise RewardsError(
-                f"task {task.name!r}: {where}: answer {gold!r} is no number; set verifier to math, text or your own"
+                f"task {task.name!r}: {where}: answer {_shown(gold)} is no number; "
+                "set verifier to math, text or your own (a number has at most 1,000 digits)"
             )
         gold = gold.replace(",", "")
     if task.verifier == "integer" and integer(gold) is None:
-        raise RewardsError(f"task {task.name!r}: {where}: answer {gold!r} is no integer; set verifier to number")
-    return prompt_of(task, data, question=str(row[columns.question]), answer=gold, payload={"solution": solution})
+        raise RewardsError(f"task {task.name!r}: {where}: answer {_shown(gold)} is no integer; set verifier to number")
+    prompt = prompt_of(task, data, question=str(row[columns.question]), answer=gold, payload={"solution": solution})
+    verifier = _TEXT_VERIFIERS.get(task.verifier or "number")
+    if verifier is not None and verifier.score(gold, prompt) != 1.0:
+        raise RewardsError(
+            f"task {task.name!r}: {where}: verifier {task.verifier or 'number'} does not take the answer "
+            f"{_shown(gold)} itself for right; set verifier to another or leave the row out"
+        )
+    return prompt
+
+
+def _shown(gold: str) -> str:
+    return repr(gold if len(gold) <= _LONGEST_SHOWN else gold[:_LONGEST_SHOWN] + "…")

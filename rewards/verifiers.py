@@ -3,54 +3,63 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rewards.answers import marked_part, plain_text, stated_text
 from rewards.config import RewardTerm, TaskConfig
-from rewards.numbers import NumberVerifier, final_part
+from rewards.latex import equal as equal_expressions
+from rewards.numbers import NumberVerifier, final_number, number
 from rewards.verify import ExactInteger, RewardsError, Unreadable, Verifier, is_right
 from rollout.types import Prompt
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LONGEST_EXPRESSION = 400  # characters; parsing takes time that grows quickly
+_MOST_MARKUP = 1000  # characters around a text
+_LONGEST_SENTENCE = 2000  # characters around a formula
+_FORMULA = re.compile(r"\$\$[^$]+\$\$|(?<!\\)\$[^$]+\$|\\\([^\n]+?\\\)|\\\[[^\n]+?\\\]")
+_ONLY_CONNECTORS = re.compile(r"(?:[\s,;.*_]|\band\b|\bor\b)*+")
+_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|otherwise)\b")
 
 
 @dataclass(frozen=True, slots=True)
 class TextVerifier:
-    """Scores 1 when the completion, or its final part, is the gold answer, apart from case and spaces.
+    """Scores 1 when what the completion states as its answer is the gold answer as a text, else 0.
 
-    The final part is what stands between the last <answer> and </answer>, else see `final_part`.
+    That is its marked part, or all of it where nothing is marked; see `rewards.answers`.
     """
 
     def score(self, completion: str, prompt: Prompt) -> float:
         """1.0 or 0.0."""
-        tagged = _TAGGED.findall(completion)
-        part = tagged[-1] if tagged else final_part(completion)
-        return float(_plain(prompt.answer) == _plain(completion if part is None else part))
+        if completion.strip() == prompt.answer.strip() != "":
+            return 1.0
+        gold, given = (_part_or_all(text) for text in (prompt.answer, stated_text(completion, prompt)))
+        # What is much longer than the gold answer cannot become equal to it: only markup is taken away.
+        return float(len(given) <= _MOST_MARKUP + 4 * len(gold) and plain_text(given) == plain_text(gold) != "")
 
 
 @dataclass(frozen=True, slots=True)
 class MathVerifier:
-    """Scores 1 when the final part of the completion (or its last line) equals the gold answer, else 0.
+    """Scores 1 when what the completion states as its answer equals the gold answer, else 0.
 
-    Equal means: the same number exactly, or the same expression to math-verify.
+    Equal means: the same number exactly, the same text, or the same expression to math-verify as `rewards.latex`
+    uses it.  28% is 0.28.
     """
 
     def score(self, completion: str, prompt: Prompt) -> float:
         """1.0 or 0.0."""
-        if NumberVerifier().score(completion, prompt):
+        if completion.strip() == prompt.answer.strip() != "":
             return 1.0
-        part = final_part(completion)
-        if part is None:
-            lines = completion.strip().splitlines()
-            part = lines[-1] if lines else ""
-        if not part.strip() or len(part) > _LONGEST_EXPRESSION:
+        text, gold = stated_text(completion, prompt), _part_or_all(prompt.answer)
+        expected = number(gold, mathematics=True)
+        if expected is not None and (given := final_number(text, mathematics=True)) is not None:
+            return float(given == expected)
+        part = marked_part(text)
+        formula = _formula(_last_line(text) if part is None else part, first=part is not None)
+        if formula is None or (expected is not None and formula != (_last_line(text) if part is None else part)):
             return 0.0
-        return float(_equal_expressions(prompt.answer, part))
+        return float(plain_text(formula) == plain_text(gold) != "" or equal_expressions(gold, formula))
 
 
 class FunctionVerifier:
@@ -182,18 +191,26 @@ def _term(task: TaskConfig, term: RewardTerm, answer: Verifier) -> Verifier:
     return _named(task, term.kind)
 
 
-def _equal_expressions(one: str, other: str) -> bool:
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    from math_verify import parse, verify
-
-    # Without its own alarms, which would turn a time-out into a wrong answer: the scoring process has a limit.
-    gold, given = (parse(f"${_bare(text)}$", parsing_timeout=None) for text in (one, other))
-    return bool(gold) and bool(given) and bool(verify(gold[:1], given[:1], timeout_seconds=None))
+def _part_or_all(text: str) -> str:
+    part = marked_part(text)
+    return text if part is None else part
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+def _last_line(text: str) -> str:
+    return text.rstrip().rpartition("\n")[2]
 
 
-def _bare(text: str) -> str:
-    return text.strip().strip("$").rstrip(".").strip()
+def _formula(part: str, first: bool) -> str | None:
+    """The formula of a part: the part itself, or the first (else the last) of those that its sentence embeds.
+
+    None when the part is too long, or offers one formula or another.
+    """
+    if len(part) > _LONGEST_SENTENCE:
+        return None
+    spans = _FORMULA.findall(part)
+    around = _FORMULA.sub(" ", part).lower()
+    if not spans or _ONLY_CONNECTORS.fullmatch(around):
+        return part
+    if len(spans) > 1 and _HEDGE.search(around):
+        return None
+    return str(spans[0 if first else -1])

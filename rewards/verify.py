@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from rollout.types import Prompt
 
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile("[+-]?[0-9]+")
 # What a verifier raises on an answer that is not of the form that it expects.
 READING_ERRORS = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, SyntaxError, RecursionError,

@@ -50,7 +50,7 @@ def test_what_is_not_a_thousand(text: str) -> None:
     ("text", "value"),
     [
         ("10-3 = 7", 7),
-        ("7 = 10-3", 3),
+        ("7 = 10-3", 7),
         ("it is -3", -3),
         ("it is -$3", -3),
         ("it is $-3", -3),
@@ -72,3 +72,36 @@ def test_a_number_is_read_back_from_any_way_of_writing_it(top: int, bottom: int)
 @given(st.text(alphabet="0123456789.,$/-\\boxedfrac{}# answer is\n", max_size=60))
 def test_no_text_makes_it_raise(text: str) -> None:
     assert final_number(text) is None or isinstance(final_number(text), Fraction)
+
+
+CENTS = st.integers(-10_000, 10_000).map(lambda cents: f"{cents / 100:.2f}")
+
+
+@given(
+    CENTS,
+    st.integers(0, 10_000).map(lambda cents: f"{cents / 100:.2f}"),
+    st.sampled_from([" or ", " and ", ", ", "; ", " to ", ":", " | ", " ", " or maybe ", " & ", " apples or "]),
+    st.sampled_from(["#### {}", "<answer>{}</answer>", "\\boxed{{{}}}", "The answer is {}", "it is {}"]),
+)
+def test_different_values_side_by_side_are_no_answer(one: str, other: str, joint: str, mark: str) -> None:
+    expected = Fraction(one) if Fraction(one) == Fraction(other) else None
+    assert final_number(mark.format(one + joint + other)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["1e30000000", "1e99999", "1e-30000000", "9" * 5000, "9^" * 300 + "9", "2^99999999", "1/0", "(" * 500]
+)
+def test_numbers_too_large_to_be_written_out_are_none(text: str) -> None:
+    assert number(text) is None
+    assert final_number(f"The answer is {text}") is None
+
+
+def test_no_more_of_a_part_is_read_than_2000_characters() -> None:
+    words = "word " * 300
+    assert final_number(f"The answer is {words}18") == final_number(f"18 {words}") == 18
+    assert final_number(f"The answer is {words * 2}18") is None is final_number(f"18 {words * 2}")
+
+
+@pytest.mark.parametrize("text", ["2024-01-15", "18 or 19", "18 apples", "10-3", "1,2", "x", "", "18:30", "1.2.3"])
+def test_what_is_not_one_number_is_no_gold_answer(text: str) -> None:
+    assert number(text) is None

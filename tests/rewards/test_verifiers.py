@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from rewards.config import RewardsConfig, TaskConfig
 from rewards.numbers import NumberVerifier
@@ -16,7 +22,7 @@ from rewards.sources import build_tasks
 from rewards.verifiers import MathVerifier, TextVerifier, WeightedSum, with_settings
 from rewards.verify import ExactInteger, RewardsError, Verifier
 from rewards.worker import RewardWorker
-from rollout.types import Prompt, RewardStatus
+from rollout.types import Message, Prompt, RewardStatus
 from tests.rewards.conftest import data_of
 from tests.rewards.test_worker import a_group
 from tests.rewards.verifiers import a_prompt
@@ -25,16 +31,94 @@ ANSWERS = Path(__file__).parents[1] / "data" / "final_answers.jsonl"
 WORDS = str(Path(__file__).parents[1] / "data" / "word_problems.jsonl")
 
 
-@pytest.mark.parametrize("verifier", [NumberVerifier(), MathVerifier()])
-def test_final_answers_in_many_spellings(verifier: Verifier) -> None:
-    """No false positive, and at most one false negative."""
+VERIFIERS: dict[str, Verifier] = {"number": NumberVerifier(), "math": MathVerifier(), "text": TextVerifier()}
+
+
+def test_final_answers_in_many_spellings() -> None:
+    """The rules of docs/tasks.md, row by row, with no disagreement."""
     rows = [json.loads(line) for line in ANSWERS.read_text().splitlines()]
-    assert len(rows) >= 40
-    scored = [(row, bool(verifier.score(row["completion"], a_prompt(answer=row["gold"])))) for row in rows]
-    wrong = [(row["gold"], row["completion"], said) for row, said in scored if said != row["right"]]
-    print("disagreements:", wrong)
-    assert not [case for case in wrong if case[2]], "a wrong answer was accepted"
-    assert len(wrong) <= 1
+    assert len(rows) >= 200 and sum(not row["right"] for row in rows) * 2 >= len(rows)
+    wrong = []
+    for row in rows:
+        prompt = templated(row["gold"], row.get("template", "{question}"))
+        said = {name: VERIFIERS[name].score(row["completion"], prompt) for name in row["verifier"]}
+        wrong += [(name, score, row) for name, score in said.items() if score != float(row["right"])]
+    assert not wrong
+
+
+def templated(gold: str, template: str = "{question}") -> Prompt:
+    question = "How many?"
+    message = Message(role="user", content=template.replace("{question}", question))
+    return Prompt(ordinal=0, task="task", messages=(message,), answer=gold, payload={"question": question})
+
+
+@pytest.mark.parametrize(
+    ("template", "marker", "cut"),
+    [
+        ("{question}", "How many?", False),
+        ("Q: {question}\nA:", "Q:", True),
+        ("Solve this.\n### Problem\n{question}", "### Problem", True),
+        ("The {question}", "The", False),  # would be found in any answer
+        ("### {question}", "###", False),
+        ("{question}\nAnswer:", "Answer:", False),
+    ],
+)
+def test_another_question_begins_at_the_template_s_own_marker(template: str, marker: str, cut: bool) -> None:
+    run_on = f"#### 18\n{marker} next\n#### 7"
+    assert TextVerifier().score(run_on, templated("18", template)) == float(cut)
+    assert NumberVerifier().score(run_on, templated("7", template)) == float(not cut)
+
+
+@given(st.text(min_size=1).filter(str.strip))
+@example("*")
+@example("<think>")
+@example("\\boxed{}")
+@settings(max_examples=50, deadline=None)
+def test_the_gold_answer_itself_is_right(gold: str) -> None:
+    for verifier in VERIFIERS.values():
+        assert verifier.score(f" {gold}\n", a_prompt(answer=gold)) == 1.0
+
+
+NOISE = st.lists(
+    st.sampled_from(
+        ["<answer>", "</answer>", "<think>", "</think>", "\\boxed{", "\\frac", "{", "}", "(", ")", "####", "answer is ",
+         "18", "1,000", ".5", "e9", "^", "**", "/", "-", "=", "≈", " or ", "x", "\\sqrt", "!", "%", "$", "\n", " ", "½",
+         "³"]
+    ),
+    max_size=12,
+)  # fmt: skip
+
+
+@given(NOISE, st.sampled_from(["18", "1/2", "x^2", "1, 2", "Paris"]))
+@settings(max_examples=150, deadline=None)
+def test_no_text_makes_a_verifier_raise(pieces: list[str], gold: str) -> None:
+    for verifier in VERIFIERS.values():
+        assert verifier.score("".join(pieces), a_prompt(answer=gold)) in (0.0, 1.0)
+
+
+REPEATED = (
+    "<answer>", "</answer>", "<answer>1</answer>", "<think>", "</think>", "\n", "\r", " ", "#### ", "answer is ",
+    "answer ", "answer is\n", "\\boxed{", "\\boxed{1}", "\\fbox{1} ", "{", "}", "\\frac{", "\\text{", "1 ", "1,", "1",
+    "1/", "1.", "9e9 ", "- ", "=1", "or 1 ", "^", "(", "\\", "\\[", "$", "*", "_", "`", "**1** ", "'", "<", "<a", "<<",
+    "½", "\u2009", "Question: ", "\nQuestion: ", "\nQ: 1", "Q:", "a", "not ", "<b>", "answer is $",
+)  # fmt: skip
+
+
+def test_time_grows_at_most_linearly_up_to_100_000_characters() -> None:
+    """Four times the text takes at most eight times as long; quadratic patterns take sixteen times."""
+    prompt = templated("42", "Q: {question}\nA:")
+    for piece, verifier in itertools.product(REPEATED, VERIFIERS.values()):
+
+        def seconds(length: int, piece: str = piece, verifier: Verifier = verifier) -> float:
+            text = (piece * (length // len(piece) + 1))[:length] + "x"
+            start = time.process_time()
+            verifier.score(text, prompt)
+            return time.process_time() - start
+
+        for attempt in range(5):
+            if seconds(100_000) <= 8 * seconds(25_000) + 0.01:
+                break
+            assert attempt < 4, f"{piece!r} * n takes {type(verifier).__name__} more than linear time"
 
 
 @pytest.mark.parametrize(
@@ -48,6 +132,13 @@ def test_final_answers_in_many_spellings(verifier: Verifier) -> None:
         ("5", "", False),
         ("5", "(" * 10_000, False),
         ("5", "1" * 10_000, False),
+        ("x", "x^{9^{9^{9}}}", False),
+        ("1", "e^{9^{9}}", False),
+        ("1", r"((9^{999})^{999})^{999}", False),
+        ("(0, 1)", r"(0, 9^{999999999})", False),
+        (r"\sqrt{2}\cdot 10^{40}", r"\sqrt{2}\cdot 10^{40} + 1", False),
+        ("x^2 > 4", "(2, \\infty)", False),
+        ("x = 1, y = 2", "y = 2, x = 1", True),
     ],
 )
 def test_symbolic_equality(gold: str, completion: str, right: bool) -> None:
@@ -60,6 +151,52 @@ def test_text_is_compared_without_case_and_spaces() -> None:
         assert TextVerifier().score(right, prompt) == 1.0
     for wrong in ("", "York", "new york city", "<answer>Boston</answer> New York"):
         assert TextVerifier().score(wrong, prompt) == 0.0
+
+
+def test_no_answer_is_evaluated_as_python() -> None:
+    """No code is compiled or run on behalf of an answer: the interpreter's own audit events say so."""
+    script = """
+import sys
+from rewards.verifiers import MathVerifier, NumberVerifier, TextVerifier
+from tests.rewards.verifiers import a_prompt
+verifiers = MathVerifier(), NumberVerifier(), TextVerifier()
+answers = ["(x+1)^2", "2x = 4", "x < 3", "1, 2", "[0, 1]", "\\\\sqrt{2}", "3!", "0.5", "28%", "2**3", "1/2",
+           "(1+1)*3/2", "__import__('os').system('true')", "\\\\boxed{__import__('os').getpid()}",
+           "[].__class__", "9**9**9**9", "x.y"]
+golds = ["x^2 + 2x + 1", "1,2", "18", "x=2", "x<3", "\\\\{1, 2\\\\}", "x^2+1 > 0"]
+seen = []
+def score() -> None:
+    for answer in answers:
+        for gold in golds:
+            for verifier in verifiers:
+                verifier.score(answer, a_prompt(answer=gold))
+score()
+sys.addaudithook(lambda event, details: seen.append(event))
+score()
+watched = {"compile", "exec", "import", "open", "os.system", "subprocess.Popen", "socket.connect"}
+print(sorted(watched & set(seen)))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("answer", "verifier", "message"),
+    [
+        ("1e30000000", None, "row 1 of .*: answer '1e30000000' is no number"),
+        ("9" * 2000, "number", r"row 1 of .*: answer '9{80}…' is no number"),
+        (" ", "text", "row 1 of .*: verifier text does not take the answer '' itself for right"),
+        ("", "math", "row 1 of .*: verifier math does not take the answer '' itself for right"),
+    ],
+)
+def test_gold_answers_that_no_completion_could_match_are_refused(
+    answer: str, verifier: str | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"How many? {n}", "answer": gold} for n, gold in enumerate(("5", answer))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RewardsError, match=message):
+        build_tasks(data_of({"name": "rows", "path": str(path), "verifier": verifier}))
 
 
 def half(completion: str, prompt: Prompt) -> float:
