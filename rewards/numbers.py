@@ -176,14 +176,12 @@ def _unit_end(tokens: Sequence[Token], at: int, touches: bool) -> int:
     end = at + 1
     while end < len(tokens):
         kinds = [token.kind for token in tokens[end : end + 4]]
-        if tokens[end].text == "/" and end + 1 < len(tokens) and _names_unit(tokens[end + 1]):
-            end += 2
-        elif kinds[:2] == ["power", "number"] and not touches:
-            end += 2
-        elif kinds == ["power", "open", "number", "close"] and not touches:
-            end += 4
-        else:
+        exponent = 2 if kinds[:2] == ["power", "number"] else 4 if kinds == ["power", "open", "number", "close"] else 0
+        divided = tokens[end].text == "/" and end + 1 < len(tokens) and _names_unit(tokens[end + 1])
+        step = 2 if divided else 0 if touches else exponent
+        if not step:
             break
+        end += step
     return end
 
 
