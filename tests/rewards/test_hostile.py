@@ -7,16 +7,24 @@ import random
 import string
 import time
 import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import pytest
 
+from reasoning_gym.factory import DATASETS
+
+from rewards.attack import CANARY, EXIT_CODE, HOSTILE, Hostile
 from rewards.config import DataConfig, RewardsConfig, TaskConfig
+from rewards.generation import one_generator
 from rewards.numbers import NumberVerifier
 from rewards.sources import all_entries
 from rewards.verifiers import MathVerifier, TextVerifier
 from rewards.verify import ExactInteger, Verifier
 from rewards.worker import RewardWorker
 from rollout.types import Prompt, RewardStatus
+from tests.rewards.test_every_dataset import NEEDS_OTHERS, SMALLER
 from tests.rewards.verifiers import a_prompt
 
 GYM = ("chain_sum", "leg_counting", "countdown", "simple_equations", "prime_factorization", "complex_arithmetic",
@@ -133,3 +141,63 @@ def test_ten_thousand_hostile_strings(tasks: tuple[dict[str, Verifier], dict[str
     counts = check(tasks, in_turn(tasks, hostile(10_000, seed=2)))
     print(counts)
     assert sum(counts.values()) == 10_000
+
+
+FAST = 4  # hostile completions a data set in the fast test, others for each
+PER_CALL = 2  # a verifier that is late three times in a row is not asked again in that call
+
+
+def hostile_cases(task: str, prompts: Sequence[Prompt], texts: Sequence[Hostile]) -> list[tuple[Prompt, Hostile]]:
+    """Every text for a prompt whose gold answer it does not hold."""
+    cases = []
+    for at, text in enumerate(texts):
+        apart = [p for p in prompts if not p.answer or p.answer.casefold() not in text.unit.casefold()]
+        if apart:
+            cases.append((apart[at % len(apart)], text))
+    assert len(cases) >= 0.9 * len(texts), task
+    return cases
+
+
+def try_hostile(names: Sequence[str], texts: Callable[[int], Sequence[Hostile]]) -> Counter[str]:
+    """Hostile completions for each data set, all in one worker; counts the statuses."""
+    tasks, verifiers = {}, {}
+    with one_generator():
+        for name in names:
+            task = TaskConfig(name=name, dataset=name, size=3, config=SMALLER.get(name, {}))
+            tasks[name], verifiers[name] = all_entries(task, DataConfig(seed=11, tasks=(task,)))
+    for kind, verifier in (("number", NumberVerifier()), ("math", MathVerifier()), ("text", TextVerifier())):
+        tasks[kind], verifiers[kind] = [a_prompt(kind, answer="777771")], verifier
+    counts: Counter[str] = Counter()
+    CANARY.unlink(missing_ok=True)
+    with closing(RewardWorker(verifiers, RewardsConfig(timeout_s=LIMIT_S, jail="require"))) as worker:
+        sane = [(p, p.answer) for prompts in tasks.values() for p in prompts[:1] if p.answer]
+        before = worker.score_texts(sane)
+        assert all(score.right == 1 for score in before), [p.task for (p, _), s in zip(sane, before) if s.right != 1]
+        for place, (name, prompts) in enumerate(tasks.items()):
+            cases = hostile_cases(name, prompts, texts(place))
+            for at in range(0, len(cases), PER_CALL):
+                chunk = cases[at : at + PER_CALL]
+                scores = worker.score_texts([(prompt, text.text) for prompt, text in chunk])
+                for (prompt, text), score in zip(chunk, scores, strict=True):
+                    counts[score.status.value] += 1
+                    assert score.status is not RewardStatus.OK or score.right == 0, (name, text.name, prompt.answer)
+                    assert f"(exit code {EXIT_CODE})" not in score.reason, (name, text.name)
+        assert worker.score_texts(sane) == before
+    assert not CANARY.exists()
+    return counts
+
+
+def test_hostile_completions_for_every_data_set_some() -> None:
+    counts = try_hostile(sorted(set(DATASETS) - NEEDS_OTHERS), lambda place: [
+        HOSTILE[(FAST * place + n) % len(HOSTILE)] for n in range(FAST)
+    ])  # fmt: skip
+    print(counts)
+    assert sum(counts.values()) > 0.9 * FAST * len(DATASETS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_hostile_completions_for_every_data_set() -> None:
+    counts = try_hostile(sorted(set(DATASETS) - NEEDS_OTHERS), lambda place: HOSTILE)
+    print(counts)
+    assert sum(counts.values()) > 60 * len(DATASETS)
