@@ -10,7 +10,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from rewards.config import DataConfig, TaskConfig
-from rewards.gym import CREDULOUS, categories
+from rewards.gym import categories
 from rewards.sources import all_entries
 from rewards.verify import RewardsError
 
@@ -56,7 +56,7 @@ def test_scores_are_the_data_set_s_own(name: str) -> None:
         wrong = rng.choice(others) if others else "certainly not"
         for answer in (prompt.answer, wrong):
             own = float(theirs.score_answer(answer.strip(), entry))
-            if name in CREDULOUS:
+            if False:
                 own = float(answer == prompt.answer)
             assert verifier.score(answer, prompt) == pytest.approx(own)
         assert (0.0 <= verifier.score("", prompt) < 0.99) or prompt.answer == ""
