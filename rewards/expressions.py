@@ -1,13 +1,13 @@
 """Expressions in a model's answer, read as data: parsed, walked and counted up, never compiled or evaluated.
 
 The grammar is Python's for numbers, names, + - * / **, signs, parentheses and calls with one argument.  Texts, powers
-and arguments are limited, so that time is bounded whatever the text is.
+and arguments are limited, so that time is bounded whatever the text is.  The parser is ours, because CPython's answers
+some texts of 5,000 characters with a MemoryError.
 """
 
 from __future__ import annotations
 
-import ast
-import keyword
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -24,20 +24,33 @@ from rewards.verify import Unreadable
 
 T = TypeVar("T")
 _MOST_CHARACTERS = 5000
-_MOST_POWERS = 100  # each nests, and CPython's parser answers deep nesting with a MemoryError
 _MOST_BITS = 4096  # of a power's numerator and denominator
 _HIGHEST_POWER = 1000
 _LARGEST = 12  # bits before the point of an argument of exp, sin and the like
-_ALPHABET = re.compile(r"[\w\s.+\-*/(),]*", re.ASCII)
-_WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_SIGNS = re.compile(r"[-+\s]{50}")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>[0-9]{1,300}(?:\.[0-9]{0,300})?(?:[eE][-+]?[0-9]{1,2})?|\.[0-9]{1,300})"
+    r"|(?P<name>[A-Za-z_]\w{0,30})|(?P<sign>\*\*|[-+*/()]))",
+    re.ASCII,
+)
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "positive": 3, "negative": 3, "**": 4}  # -2**2 is -4
+
+
+class Step(NamedTuple):
+    """One step of an expression in postfix order: a number or name to push, or an operation on what was pushed.
+
+    kind: number, name, call, positive, negative, or a binary operator.
+    text: of a number or name, or the function's name.
+    """
+
+    kind: str
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Algebra(Generic[T]):
     """What numbers, names and operations of an expression mean.  Sums and signs are those of the values."""
 
-    number: Callable[[int | float], T]
+    number: Callable[[str], T]
     name: Callable[[str], T]
     multiply: Callable[[T, T], T]
     divide: Callable[[T, T], T]
@@ -49,55 +62,90 @@ def _refuse(*_: Any) -> Any:
     raise Unreadable("the expression has a name or a function that it may not have")
 
 
-def parse(text: str) -> ast.expr:
-    """The tree of an expression.
+def _tokens(text: str) -> list[tuple[str, str]]:
+    tokens, at, end = [], 0, len(text.rstrip())
+    if end > _MOST_CHARACTERS:
+        raise Unreadable("an expression that is too long")
+    while at < end:
+        found = _TOKEN.match(text, at)
+        if found is None or found.lastgroup is None:
+            raise Unreadable(f"no expression at character {at}")
+        tokens.append((found.lastgroup, found[found.lastgroup]))
+        at = found.end()
+    return tokens
+
+
+def parse(text: str) -> list[Step]:
+    """An expression in postfix order (Dijkstra's shunting yard: no recursion, linear time).
 
     Raises:
-        Unreadable: `text` is none, or is too long or too deep.
+        Unreadable: `text` is none, or is too long.
     """
-    plain = " ".join(text.split())
-    words = _WORD.findall(plain) if len(plain) <= _MOST_CHARACTERS and _ALPHABET.fullmatch(plain) else ["None"]
-    if any(map(keyword.iskeyword, words)) or plain.count("**") > _MOST_POWERS or _SIGNS.search(plain):
-        raise Unreadable("no expression, or one that is too long")
-    try:
-        return ast.parse(plain, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise Unreadable(f"no expression: {error}") from None
+    tokens = _tokens(text)
+    steps: list[Step] = []
+    waiting: list[Step] = []  # operators and parentheses whose right side is not complete
+    complete = False  # whether what was read could end here
+    for (kind, word), (_, following) in itertools.pairwise([*tokens, ("end", "")]):
+        if complete and word == ")":
+            _close(steps, waiting)
+        elif complete and word in _PRECEDENCE:
+            level = _PRECEDENCE[word] + (word == "**")  # powers group from the right
+            while waiting and _PRECEDENCE.get(waiting[-1].kind, 0) >= level:
+                steps.append(waiting.pop())
+            waiting.append(Step(word))
+            complete = False
+        elif not complete and kind == "name" and following == "(":
+            waiting.append(Step("function", word))
+        elif not complete and kind != "sign":
+            steps.append(Step(kind, word))
+            complete = True
+        elif not complete and word == "(":
+            called = waiting.pop() if waiting and waiting[-1].kind == "function" else Step("function")
+            waiting.append(Step("(", called.text))
+        elif not complete and word in "+-":
+            waiting.append(Step("positive" if word == "+" else "negative"))
+        else:
+            raise Unreadable(f"{word!r} where none can be")
+    if not complete or any(step.kind == "(" for step in waiting):
+        raise Unreadable("an expression that does not end")
+    return steps + waiting[::-1]
 
 
-def interpret(node: ast.expr, algebra: Algebra[T]) -> T:
-    """The value of a tree.
+def _close(steps: list[Step], waiting: list[Step]) -> None:
+    """What the last open parenthesis holds, and the call of the function before it if there is one."""
+    while waiting and waiting[-1].kind != "(":
+        steps.append(waiting.pop())
+    if not waiting:
+        raise Unreadable("a parenthesis that was not opened")
+    if (opened := waiting.pop()).text:
+        steps.append(Step("call", opened.text))
+
+
+def interpret(steps: list[Step], algebra: Algebra[T]) -> T:
+    """The value of an expression.
 
     Raises:
         Unreadable: something in it means nothing in this algebra, or is too large.
         ArithmeticError: a division by zero, or an overflow.
     """
-    match node:
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return algebra.number(number)
-        case ast.Name(id=name):
-            return algebra.name(name)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            signed: Any = interpret(operand, algebra)
-            return -signed
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return interpret(operand, algebra)
-        case ast.BinOp(left=left, op=op, right=right):
-            operations: dict[type[ast.operator], Callable[[Any, Any], T]] = {
-                ast.Add: operator.add, ast.Sub: operator.sub,
-                ast.Mult: algebra.multiply, ast.Div: algebra.divide, ast.Pow: algebra.power,
-            }  # fmt: skip
-            return operations.get(type(op), _refuse)(interpret(left, algebra), interpret(right, algebra))
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]):
-            return algebra.call(name, interpret(argument, algebra))
-    raise Unreadable(f"{type(node).__name__} is no part of an expression")
-
-
-def constants(node: ast.expr) -> list[int | float]:
-    """The numbers of a tree, in no order."""
-    return [
-        part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, int | float)
-    ]
+    binary: dict[str, Callable[[Any, Any], Any]] = {
+        "+": operator.add, "-": operator.sub, "*": algebra.multiply, "/": algebra.divide, "**": algebra.power
+    }  # fmt: skip
+    stack: list[Any] = []
+    for step in steps:
+        if step.kind == "number":
+            stack.append(algebra.number(step.text))
+        elif step.kind == "name":
+            stack.append(algebra.name(step.text))
+        elif step.kind == "call":
+            stack.append(algebra.call(step.text, stack.pop()))
+        elif step.kind == "negative":
+            stack.append(-stack.pop())
+        elif step.kind != "positive":
+            right = stack.pop()
+            stack.append(binary[step.kind](stack.pop(), right))
+    (result,) = stack
+    return result
 
 
 def _exponent(number: Fraction) -> int:
@@ -113,21 +161,16 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     return base**power
 
 
-def _fraction(number: int | float) -> Fraction:
-    """Exactly what was written, 0.1 for instance."""
-    return Fraction(str(number))
+_ARITHMETIC = Algebra(Fraction, _refuse, operator.mul, operator.truediv, _power, _refuse)
 
 
-_ARITHMETIC = Algebra(_fraction, _refuse, operator.mul, operator.truediv, _power, _refuse)
+def value(steps: list[Step]) -> Fraction:
+    """The exact value of an expression of numbers; raises as `interpret`."""
+    return interpret(steps, _ARITHMETIC)
 
 
-def value(node: ast.expr) -> Fraction:
-    """The exact value of a tree of numbers; raises as `interpret`."""
-    return interpret(node, _ARITHMETIC)
-
-
-def polynomial(node: ast.expr, variables: list[str]) -> Any:
-    """The tree as a polynomial over the rationals, if it is written as a sum of terms; raises as `interpret`.
+def polynomial(steps: list[Step], variables: list[str]) -> Any:
+    """The expression as a polynomial over the rationals, if it is written as a sum of terms; raises as `interpret`.
 
     A product of two sums is refused: whoever multiplies polynomials must have done so.
     """
@@ -163,11 +206,11 @@ def polynomial(node: ast.expr, variables: list[str]) -> Any:
         _power(Fraction(int(coefficient.numerator), int(coefficient.denominator)), degree)
         return base ** _exponent(degree)
 
-    def number(written: int | float | Fraction) -> Any:
-        exact = Fraction(str(written))
+    def number(written: str | Fraction) -> Any:
+        exact = Fraction(written)
         return one * QQ(exact.numerator, exact.denominator)
 
-    return interpret(node, Algebra(number, name, multiply, divide, power, _refuse))
+    return interpret(steps, Algebra(number, name, multiply, divide, power, _refuse))
 
 
 _MP = mpmath.MPContext()
@@ -253,26 +296,25 @@ def _dual_call(name: str, argument: _Dual) -> _Dual:
 
 
 def _at(point: Any, variable: str) -> Algebra[_Dual]:
-    """Formulas of one variable and their derivatives at a point; other single letters are constants of some value."""
+    """Formulas of one variable and their derivatives at a point; other names are constants of some value."""
     constants = {"pi": _MP.pi, "E": _MP.e}
 
-    def number(written: int | float) -> _Dual:
-        return _Dual(_MP.mpf(str(written)), _MP.mpf(0))
+    def number(written: str) -> _Dual:
+        return _Dual(_MP.mpf(written), _MP.mpf(0))
 
     def name(text: str) -> _Dual:
         if text == variable:
             return _Dual(point, _MP.mpf(1))
-        if text not in constants and len(text) != 1:
-            _refuse()
-        return _Dual(+constants.get(text, _MP.mpf(ord(text[0])) / 97 + _MP.sqrt(2)), _MP.mpf(0))
+        return _Dual(+constants.get(text, _MP.sqrt(2) + sum(map(ord, text)) / _MP.mpf(97)), _MP.mpf(0))
 
     return Algebra(number, name, operator.mul, operator.truediv, _dual_power, _dual_call)
 
 
-def is_antiderivative(formula: ast.expr, integrand: ast.expr, variable: str) -> bool:
-    """Whether the derivative of one tree is the other: to 30 digits, at eight points, where the integrand is real.
+def is_antiderivative(formula: list[Step], integrand: list[Step], variable: str) -> bool:
+    """Whether the derivative of one expression is the other.
 
-    Numbers decide, not simplification, which takes seconds, and more the longer the answer is.  Raises as `interpret`.
+    To 30 digits, at those of eight points at which the integrand is real (at all if it is nowhere).  Numbers decide,
+    not simplification, which takes seconds, and more the longer the answer is.  Raises as `interpret`.
     """
     wanted = [(point, value) for point in _POINTS for value in _values(integrand, _at(point, variable))]
     real = [(point, value) for point, value in wanted if not getattr(value, "imag", 0)]
@@ -283,9 +325,9 @@ def is_antiderivative(formula: ast.expr, integrand: ast.expr, variable: str) -> 
     return bool(wanted)
 
 
-def _values(node: ast.expr, algebra: Algebra[_Dual]) -> Iterator[Any]:
-    """The value of a tree, if it has one there."""
+def _values(steps: list[Step], algebra: Algebra[_Dual]) -> Iterator[Any]:
+    """The value of an expression, if it has one there."""
     try:
-        yield interpret(node, algebra).value
+        yield interpret(steps, algebra).value
     except ArithmeticError:
         return

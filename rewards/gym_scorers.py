@@ -7,7 +7,6 @@ score forgives; the score that it gives to others is kept, below 1.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from rewards import expressions
 from rewards.verify import READING_ERRORS, Unreadable
 
 Entry = dict[str, Any]
-_LONGEST_LITERAL = 20_000
-_DEEPEST_LITERAL = 20
 _NUMBER = re.compile(
     r"\s*([-+]?)\s*\$?\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,1000})(?:\.[0-9]{0,1000})?|\.[0-9]{1,1000})"
     r"([eE][-+]?[0-9]{1,3})?\s*"
@@ -33,22 +30,21 @@ def number(text: str) -> Decimal | None:
     return Decimal(found[1] + found[2].replace(",", "") + (found[3] or "")) if found else None
 
 
+_JSON = str.maketrans({"'": '"', "(": "[", ")": "]"})
+
+
 def literal(text: str) -> Any:
-    """The list, number or string that `text` is in Python's notation or JSON's.
+    """The list, number or string that `text` is, in Python's notation or JSON's; tuples are lists.
 
     Raises:
-        Unreadable: it is none, or long or deep.
+        ValueError: it is none.
+        RecursionError: it is deep.
     """
-    depth = deepest = 0
-    for character in text[: _LONGEST_LITERAL + 1]:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if len(text) > _LONGEST_LITERAL or deepest > _DEEPEST_LITERAL or re.search(r"[-+~\s]{50}", text):
-        raise Unreadable("no literal, or one that is too long")
+    plain = text.translate(_JSON)  # ast.literal_eval answers some texts with a MemoryError
     try:
-        return ast.literal_eval(text.strip())
-    except READING_ERRORS as error:
-        raise Unreadable(f"no literal: {error}") from None
+        return json.loads(plain)
+    except ValueError:
+        return json.loads(f"[{plain}]")
 
 
 # --- Scorers in place of those that evaluate the answer.  As there, what cannot be read has the lowest score.
@@ -66,11 +62,10 @@ def _scored(score: Callable[[str, Entry], float], floor: float) -> Callable[[str
 
 def _makes(answer: str, numbers: list[int], target: int, floor: float) -> float:
     """1 for an expression that has the target's value and each of the numbers once."""
-    tree = expressions.parse(answer)
-    used = expressions.constants(tree)
-    if not all(isinstance(one, int) for one in used) or sorted(used) != sorted(numbers):
-        return floor
-    return 1.0 if expressions.value(tree) == target else floor
+    steps = expressions.parse(answer)
+    value = expressions.value(steps)
+    used = [step.text for step in steps if step.kind == "number"]
+    return 1.0 if value == target and sorted(used) == sorted(map(str, numbers)) else floor
 
 
 def _countdown(answer: str, entry: Entry) -> float:
@@ -174,10 +169,9 @@ def _is_proposition(answer: str, entry: Entry) -> bool:
     """Well formed, over the entry's variables: others would each double the time of a check."""
     if len(answer) > 500 or re.search(r"[^A-Z∧∨→↔¬()\s]", answer):
         return False
-    tree = expressions.parse(answer.translate(_CONNECTIVES))
-    allowed = (ast.BinOp, ast.Mult, ast.UnaryOp, ast.USub, ast.Name, ast.Load)
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return names <= set(entry["metadata"]["variables"]) and all(isinstance(node, allowed) for node in ast.walk(tree))
+    steps = expressions.parse(answer.translate(_CONNECTIVES))
+    names = {step.text for step in steps if step.kind == "name"}
+    return names <= set(entry["metadata"]["variables"]) and {s.kind for s in steps} <= {"name", "*", "negative"}
 
 
 FORMS: dict[str, Callable[[str, Entry], bool]] = {
