@@ -32,6 +32,7 @@ _TOKEN = re.compile(
     r"|(?P<name>[A-Za-z_]\w{0,30})|(?P<sign>\*\*|[-+*/()]))",
     re.ASCII,
 )
+_CONSTANT = re.compile(r"[A-Za-z](?:_?[0-9]{1,2})?")  # of integration
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "positive": 3, "negative": 3, "**": 4}  # -2**2 is -4
 
 
@@ -296,7 +297,7 @@ def _dual_call(name: str, argument: _Dual) -> _Dual:
 
 
 def _at(point: Any, variable: str) -> Algebra[_Dual]:
-    """Formulas of one variable and their derivatives at a point; other names are constants of some value."""
+    """Formulas of one variable and their derivatives at a point; other letters are constants of some value."""
     constants = {"pi": _MP.pi, "E": _MP.e}
 
     def number(written: str) -> _Dual:
@@ -305,6 +306,8 @@ def _at(point: Any, variable: str) -> Algebra[_Dual]:
     def name(text: str) -> _Dual:
         if text == variable:
             return _Dual(point, _MP.mpf(1))
+        if text not in constants and not _CONSTANT.fullmatch(text):
+            _refuse()
         return _Dual(+constants.get(text, _MP.sqrt(2) + sum(map(ord, text)) / _MP.mpf(97)), _MP.mpf(0))
 
     return Algebra(number, name, operator.mul, operator.truediv, _dual_power, _dual_call)

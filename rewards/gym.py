@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 import re
 from collections.abc import Iterator
@@ -35,8 +34,8 @@ class GymVerifier:
     """The data set's own scoring of a completion's answer (see `readings`), where that is safe and exact.
 
     A right answer scores 1.0: the gold answer itself, or one that the data set scores 1.  Where its scoring forgives,
-    `COMPARISONS` says instead what is right.  The score of others stays the data set's own, a shaped one, but is at
-    most .99.  Where the data set evaluates answers, `SCORERS` score in its place.
+    `COMPARISONS` says instead what is right.  The score of a wrong answer is the data set's own shaped one, at most
+    .99, and 0 where that would call it right.  Where the data set evaluates answers, `SCORERS` score in its place.
     """
 
     def __init__(self, task: str, dataset: str, config: dict[str, Any], level: int | None = None) -> None:
@@ -88,7 +87,7 @@ class GymVerifier:
         right = holds(COMPARISONS, self.dataset, answer, entry) if compared else shaped >= 1 - _EQUAL
         if right or answer == gold:
             return 1.0
-        return max(0.0, min(_NEARLY, shaped)) if math.isfinite(shaped) else 0.0
+        return min(_NEARLY, shaped) if 0.0 < shaped < 1 - _EQUAL else 0.0
 
     def _scorer(self, level: int | None) -> Any:
         if level not in self._scorers:

@@ -2,7 +2,7 @@
 
 Three tables.  `SCORERS` stand in for a data set's `score_answer`.  `FORMS` say which answers it gets to see at all:
 what it would skip, hang on or count as it likes is no answer.  `COMPARISONS` say which answers are right where its
-score forgives; the score that it gives to others is kept, below 1.
+score forgives; of the others those keep their score that it does not call right.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def literal(text: str) -> Any:
         return json.loads(f"[{plain}]")
 
 
-# --- Scorers in place of those that evaluate the answer.  As there, what cannot be read has the lowest score.
+# --- Scorers in place of those that evaluate the answer, and of two that say nothing: to coin_flip, 0 is like every
+# number that begins with a 0, and to game_of_life_halting every text is True.  What cannot be read scores lowest.
 
 
 def _scored(score: Callable[[str, Entry], float], floor: float) -> Callable[[str, Entry], float]:
@@ -114,9 +115,30 @@ def _integration(answer: str, entry: Entry) -> float:
     )
 
 
+_PROBABILITY = re.compile(
+    r"\+?(?:[0-9]{1,300}(?:\.[0-9]{0,300})?|\.[0-9]{1,300})(?:[eE][-+]?[0-9]{1,2}|/[0-9]{1,300})?"
+)
+
+
+def _coin_flip(answer: str, entry: Entry) -> float:
+    """1 for the probability, or for one rightly rounded to four decimals or more, and not to 0."""
+    if not _PROBABILITY.fullmatch(answer):  # Fraction("1e99999999") takes minutes
+        return 0.0
+    given, gold = Fraction(answer), Fraction(entry["answer"].replace(",", ""))
+    decimals = len(answer.partition(".")[2])
+    rounded = answer.replace(".", "", 1).isdecimal() and decimals >= 4 and given == round(gold, decimals)
+    return float(given == gold or (rounded and given != 0))
+
+
+def _same_text(answer: str, entry: Entry) -> bool:
+    return answer.casefold().split() == str(entry["answer"]).casefold().split()
+
+
 SCORERS: dict[str, Callable[[str, Entry], float]] = {
     "binary_matrix": _scored(_binary_matrix, 0.0),
+    "coin_flip": _scored(_coin_flip, 0.0),
     "countdown": _scored(_countdown, 0.01),
+    "game_of_life_halting": lambda answer, entry: float(_same_text(answer, entry)),
     "intermediate_integration": _scored(_integration, 0.0),
     "n_queens": _scored(_n_queens, 0.0),
     "polynomial_multiplication": _scored(_polynomial_multiplication, 0.0),
@@ -155,13 +177,6 @@ def _pours(answer: str, entry: Entry) -> bool:
     return isinstance(moves, list) and all(isinstance(m, str) and _POUR.fullmatch(m) for m in moves)
 
 
-_DISK = re.compile(r"(?:(?:[0-9]{1,6}[.):]|[-*])\s+)?Move disk [0-9]{1,4} from Peg [0-9]{1,4} to Peg [0-9]{1,4}[.,;]?")
-
-
-def _moves_disks(answer: str, entry: Entry) -> bool:
-    return all(_DISK.fullmatch(line.strip()) for line in answer.splitlines() if line.strip())
-
-
 _CONNECTIVES = str.maketrans({"∧": "*", "∨": "*", "→": "*", "↔": "*", "¬": "-"})
 
 
@@ -175,9 +190,6 @@ def _is_proposition(answer: str, entry: Entry) -> bool:
 
 
 FORMS: dict[str, Callable[[str, Entry], bool]] = {
-    "coin_flip": _matches(  # Fraction("1e99999999") takes minutes
-        r"[-+]?(?:[0-9]{1,300}(?:\.[0-9]{0,300})?|\.[0-9]{1,300})(?:[eE][-+]?[0-9]{1,2}|/[0-9]{1,300})?"
-    ),
     "cryptarithm": _assigns_once,
     "fraction_simplification": _matches(
         r"\$*\s*(?:\\d?frac\s*\{\s*[0-9]+\s*\}\s*\{\s*[0-9]+\s*\}|[0-9]+\s*/\s*[0-9]+)\s*\$*"
@@ -191,7 +203,7 @@ FORMS: dict[str, Callable[[str, Entry], bool]] = {
     "rush_hour": _matches(r"(?:[A-Z][-+][0-9](?:[\s,]+|$)){1,1000}"),
     "sokoban": _matches(r"[UDLR\s]+"),
     "survo": _matches(r"[-+0-9\s]+"),
-    "tower_of_hanoi": _moves_disks,
+    "tower_of_hanoi": _matches(r"(?:Move disk [0-9]{1,4} from Peg [0-9]{1,4} to Peg [0-9]{1,4}\s*){1,5000}"),
 }
 
 
@@ -223,10 +235,6 @@ def _same_number_or_text(answer: str, entry: Entry) -> bool:
     return _same_number(answer, entry) or answer.strip() == entry["answer"]
 
 
-def _same_text(answer: str, entry: Entry) -> bool:
-    return answer.casefold().split() == entry["answer"].casefold().split()
-
-
 def _same_letters(answer: str, entry: Entry) -> bool:
     return "".join(answer.casefold().split()) == "".join(entry["answer"].casefold().split())
 
@@ -239,14 +247,6 @@ def _same_rows(answer: str, entry: Entry) -> bool:
 def _near(answer: str, gold: float | Decimal | Fraction, tolerance: str) -> bool:
     given = number(answer)
     return given is not None and abs(Fraction(given) - Fraction(gold)) <= Fraction(tolerance)
-
-
-def _same_probability(answer: str, entry: Entry) -> bool:
-    """Equal, or rightly rounded to four decimals or more, and not to 0."""
-    given, gold = (Fraction(text.replace(",", "")) for text in (answer, entry["answer"]))
-    decimals = len(answer.partition(".")[2])
-    rounded = "e" not in answer.lower() and "/" not in answer and decimals >= 4 and given == round(gold, decimals)
-    return given == gold or (rounded and given != 0)
 
 
 def _same_solutions(answer: str, entry: Entry) -> bool:
@@ -340,11 +340,9 @@ COMPARISONS: dict[str, Callable[[str, Entry], bool]] = {
     "calendar_arithmetic": _same_number_or_text,
     "chain_sum": _same_number,
     "codeio": _same_json,
-    "coin_flip": _same_probability,
     "decimal_arithmetic": _same_number,
     "figlet_font": _same_letters,
     "game_of_life": _same_json,
-    "game_of_life_halting": _same_text,
     "gsm_symbolic": _same_number,
     "knights_knaves": _same_roles,
     "letter_jumble": _same_text,
