@@ -197,6 +197,7 @@ FORMS: dict[str, Callable[[str, Entry], bool]] = {
     "graph_color": _colours_vertices,
     "jugs": _pours,
     "kakurasu": _matches(r"[01\s,\[\]]+"),
+    "prime_factorization": _matches(r"[0-9]{1,300}(?:\s*×\s*[0-9]{1,300})*"),
     "propositional_logic": _is_proposition,
     "quantum_lock": _matches(r"[A-Ca-c](?:[\s→>,-]*[A-Ca-c])*"),
     "rubiks_cube": _matches(r"(?:[LRDUBFXYZMES]w?'?[0-9]?(?:\s+|$)){1,1000}"),

@@ -106,7 +106,10 @@ def test_spellings_and_wrong_answers_of_twenty_entries(name: str) -> None:
 def test_the_documentation_has_these_tables() -> None:
     assert len(SPELLINGS) >= 10 and len(WRONG) >= 12
     text = DOCUMENTATION.read_text()
-    assert render() in text, "python -m tests.rewards.gym_samples prints what docs/tasks.md should have"
+    assert all(table in text for table in render().split("\n\n")), (
+        "python -m tests.rewards.gym_samples prints what docs/tasks.md should have"
+    )
+    assert not [name for name in {*SCORERS, *FORMS, *COMPARISONS} if f"`{name}`" not in text]
 
 
 def test_composite_is_refused_with_the_reason() -> None:
