@@ -83,9 +83,10 @@ class GymVerifier:
             shaped = SCORERS[self.dataset](answer, entry)
         else:
             shaped = float(self._scorer(prompt.payload.get("level", self.level)).score_answer(answer, entry))
+        if answer == gold:
+            return 1.0
         compared = self.dataset in COMPARISONS
-        right = holds(COMPARISONS, self.dataset, answer, entry) if compared else shaped >= 1 - _EQUAL
-        if right or answer == gold:
+        if holds(COMPARISONS, self.dataset, answer, entry) if compared else shaped >= 1 - _EQUAL:
             return 1.0
         return min(_NEARLY, shaped) if 0.0 < shaped < 1 - _EQUAL else 0.0
 

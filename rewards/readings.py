@@ -26,10 +26,12 @@ def readings(completion: str, gold: str | None) -> Iterator[str]:
     answer is", a code block, bold, dollars, and a final full stop that the gold answer has not.  Nothing comes of a
     completion that ends in its thoughts.  Time is linear in the text.
     """
-    said = completion[completion.rfind("</think>") + len("</think>") :] if "</think>" in completion else completion
-    if "<think>" in said:
-        return
-    answer = _tagged(said).strip()
+    answer = completion.strip()
+    if "<" in answer:  # most have no tags, and this is on every completion's way
+        said = answer.rpartition("</think>")[2]
+        if "<think>" in said:
+            return
+        answer = _tagged(said).strip()
     yield answer
     for _ in range(_MOST_LAYERS):
         bare = _without_layer(answer, stop=(gold or "").rstrip().endswith("."))
@@ -61,10 +63,10 @@ def _without_layer(answer: str, stop: bool) -> str:
     boxed = _boxed(answer)
     if boxed is not None:
         return boxed.strip()
-    leads = list(_LEAD.finditer(answer))
+    leads = list(_LEAD.finditer(answer)) if "answer" in answer.lower() else None
     if leads:
         return answer[leads[-1].end() :].strip()
-    for pattern in _WRAPPED:
+    for pattern in _WRAPPED if answer.startswith(("`", "*", "$", "\\")) else ():
         if found := pattern.fullmatch(answer):
             return found[1].strip()
     return answer[:-1].rstrip() if answer.endswith(".") and not stop else answer
