@@ -109,6 +109,7 @@ WRONG: dict[str, Wrong] = {
 }
 # Where such an answer is right after all, and why.
 ALSO_RIGHT: dict[str, tuple[set[str], str]] = {
+    "advanced_geometry": ({"first half"}, "90 is 90.00°"),
     "codeio": ({"last changed", "a digit more"}, "the last of 17 digits changes no 64-bit float"),
     "coin_flip": ({"first half"}, "a probability rounded to four decimals or more"),
     "complex_arithmetic": ({"first half"}, "12 is 12.00"),
@@ -129,7 +130,9 @@ ALSO_RIGHT: dict[str, tuple[set[str], str]] = {
         {"first half", "another entry's", "taken back"}, "another conclusion that follows and is not trivial"
     ),
     "puzzle24": ({"reversed"}, "another expression of the numbers"),
-    "quantum_lock": ({"reversed"}, "another sequence of that length reaches the target"),
+    "quantum_lock": (
+        {"reversed", "first changed", "last changed"}, "another sequence of that length reaches the target"
+    ),
     "rush_hour": (
         {"first changed", "last changed", "twice", "twice, with a comma", "twice, in lines"},
         "a car goes as far as it can, and moves behind the last one do no harm",

@@ -60,9 +60,9 @@ def test_scores_are_the_data_set_s_own(name: str) -> None:
         assert 0.0 <= verdict(verifier, "\x00 <answer>\u202e[[[", prompt) < 0.99
 
 
-def spelled_wrongly(name: str, count: int) -> tuple[list[str], set[str], set[str]]:
+def spelled_wrongly(name: str, count: int, seed: int = 7) -> tuple[list[str], set[str], set[str]]:
     """What is not as it should be: right answers that score less than 1, by spelling, and wrong ones that score 1."""
-    entries, verifier = samples(name, count)
+    entries, verifier = samples(name, count, seed)
     answers = [right_answer(prompt, verifier) for prompt in entries]
     known = list(dict.fromkeys(answer for answer in answers if answer is not None))
     failed: list[str] = []
@@ -94,11 +94,14 @@ def test_spellings_and_wrong_answers(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_spellings_and_wrong_answers_of_twenty_entries(name: str) -> None:
-    """Every exception of the documentation is met, and no other."""
-    failed, refused, accepted = spelled_wrongly(name, COUNT)
-    assert not failed
-    assert refused == NOT_SPELLED.get(name, set())
+def test_spellings_and_wrong_answers_of_twice_twenty_entries(name: str) -> None:
+    """Every data set that the documentation names has exceptions, and no other."""
+    accepted: set[str] = set()
+    for seed in (7, 21):
+        failed, refused, right = spelled_wrongly(name, COUNT, seed)
+        assert not failed
+        assert refused == NOT_SPELLED.get(name, set())
+        accepted |= right
     assert accepted <= ALSO_RIGHT.get(name, (set(), ""))[0]
     assert bool(accepted) == (name in ALSO_RIGHT)
 

@@ -155,6 +155,7 @@ def test_expressions_have_python_s_meaning(text: str, value: Fraction) -> None:
         "1\x00", "²", "٣", "f()", "f(1, 2)", "[1]", "'1'", "1 if 1 else 2", "lambda: 0", "x := 1",
         "1_000", "0x10", "1j", "{}",
         "__import__('os')", "x.__class__", "print(1)(2)", "f\"{1}\"", "1 == 1", "not 1", "~1", "1 @ 2", "1;2", "a[0]",
+        "1+" * 3000 + "1",
     ],
 )  # fmt: skip
 def test_what_is_no_expression_is_refused(text: str) -> None:
