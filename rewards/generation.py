@@ -1,16 +1,18 @@
 """Entries of Reasoning Gym's data sets, made in a process whose hash seed is fixed.
 
-Python draws another hash seed for every process, and with it the order of sets, which some data sets go through.  With
-a fixed one, entries are a function of the configuration alone.
+Python draws another hash seed for every process, and with it the order of sets, which some data sets go through; others
+leave settings behind that change what the next one makes.  Here every task's entries are made in a fork of a process
+that has done nothing yet, so that they are a function of the task's settings and the seed alone.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
@@ -23,14 +25,9 @@ from rollout.types import Prompt
 if TYPE_CHECKING:
     from rewards.gym import Generated
 
-HASH_SEED = "0"  # which is also how Python spells: no randomization
-
 
 class Generator:
-    """Makes entries in a process of its own, which is started when there is something to make.
-
-    A process that has the fixed hash seed itself does without another.
-    """
+    """Makes entries in a process of its own, which is started when there is something to make."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,15 +38,12 @@ class Generator:
         Raises:
             RewardsError: as there, and when the process ends instead.
         """
-        if not sys.flags.hash_randomization:
-            from rewards.gym import generate
-
-            return generate(task, seed)
         process = self._process or self._start()
         try:
             self._connection.send((task, seed))
             import rewards.gym  # noqa: F401 - two seconds, and the process needs them for the same
-            # Nothing that a model says is in it: it is our own process's.
+
+            # Unpickled, for it comes from our own process, and nothing that a model says is in it.
             answer: list[Generated] | RewardsError = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self.close()
@@ -65,7 +59,8 @@ class Generator:
         """Ends the process, if there is one."""
         if self._process is not None:
             self._connection.close()
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -75,7 +70,7 @@ class Generator:
         call = f"import sys; sys.path[:] = {paths!r}; from rewards.generation import main; main({theirs.fileno()})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", call],
-            env=os.environ | {"PYTHONHASHSEED": HASH_SEED},
+            env=os.environ | {"PYTHONHASHSEED": "0"},
             stdin=subprocess.DEVNULL,
             stdout=2,  # standard output is for results
             pass_fds=[theirs.fileno()],
@@ -130,16 +125,16 @@ def _gold(entry: dict[str, Any]) -> str:
 
 def main(descriptor: int) -> None:
     """The process: answers every (task, seed) that comes in with its entries, or with the reason why not."""
-    from rewards.gym import generate
+    from rewards import gym
 
-    with Connection(descriptor) as connection:
+    with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):  # nobody is there any more
         while True:
-            try:
-                task, seed = connection.recv()
+            task, seed = connection.recv()
+            if (pid := os.fork()) == 0:
                 try:
-                    answer: list[Generated] | RewardsError = generate(task, seed)
+                    connection.send(gym.generate(task, seed))
                 except RewardsError as error:
-                    answer = error
-                connection.send(answer)
-            except (EOFError, ConnectionError):  # nobody is there any more
-                return
+                    connection.send(error)
+                os._exit(0)
+            if status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+                sys.exit(abs(status))

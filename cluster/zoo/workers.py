@@ -14,7 +14,6 @@ from typing import Any
 
 from cluster.zoo.progress import Progress
 from cluster.zoo.recipe import ZooError
-from rewards.generation import HASH_SEED
 
 
 class Workers:
@@ -74,7 +73,6 @@ class _Worker:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONHASHSEED": HASH_SEED,  # so that it generates its tasks itself
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         }
         with log.open("w") as errors:
