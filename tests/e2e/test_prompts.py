@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,11 +33,6 @@ def train(runs: Runs, monkeypatch: pytest.MonkeyPatch, hash_seed: int, *argument
     return done.stdout
 
 
-def command(runs: Runs, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Another command than `train`."""
-    return runs.start([sys.executable, "-m", "cluster.cli", *arguments])
-
-
 def change_digest(folder: Path) -> None:
     """As if the run had had another prompt."""
     path = RunFolder(folder).data
@@ -66,26 +59,19 @@ def test_a_run_resumed_under_another_hash_seed_sees_the_same_prompts_and_refuses
 
 
 @pytest.mark.slow
-def test_under_other_hash_seeds_a_run_is_the_same_to_its_end_and_comparable(
+@pytest.mark.timeout(900)
+def test_under_other_hash_seeds_a_run_is_the_same_to_its_end_and_of_other_prompts_nothing_is_measured(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(runs, monkeypatch, 1, "run=whole", "steps=3")
-    train(runs, monkeypatch, 2, "steps=1")
-    (runs.folder / "runs" / "run" / "data.json").unlink()
-    assert "of a version that kept no digests" in train(runs, monkeypatch, 3, "steps=3", "--resume")
+    longer = ("steps=3", "router.gate=false")  # whose start would follow from the steps
+    train(runs, monkeypatch, 1, "run=whole", *longer)
+    train(runs, monkeypatch, 2, "steps=1", "router.gate=false")
+    folder = runs.folder / "runs" / "run"
+    (folder / "data.json").unlink()
+    assert "of a version that kept no digests" in train(runs, monkeypatch, 3, *longer, "--resume")
     assert comparable(runs.metrics()) == comparable(runs.metrics("whole"))
-    whole, part = (str(runs.folder / "runs" / name) for name in ("whole", "run"))
-    replayed = command(runs, "replay", part, "--step", "2")
+    replayed = runs.start([sys.executable, "-m", "cluster.cli", "replay", str(folder), "--step", "2"])
     assert replayed.returncode == 0 and "reproduced" in replayed.stdout, replayed.stderr
-    other = runs.folder / "runs" / "other"
-    shutil.copytree(part, other)
-    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("\nseed: 0\n", "\nseed: 1\n"))
-    assert command(runs, "compare", whole, str(other)).returncode == 0
-    change_digest(other)
-    for arguments in (("replay", str(other), "--step", "2"), ("eval", str(other)), ("ablate", str(other))):
+    change_digest(folder)
+    for arguments in (("replay", str(folder), "--step", "2"), ("eval", str(folder)), ("ablate", str(folder))):
         assert "the prompts of task 'products' differ from the run's" in refused(capsys, monkeypatch, *arguments)
-    said = command(runs, "compare", whole, str(other))
-    assert said.returncode == 2 and "other prompts of task 'products'" in said.stderr
-    (other / "data.json").unlink()
-    said = command(runs, "compare", whole, str(other))
-    assert said.returncode == 0 and "of a version that kept no data.json" in said.stdout
