@@ -42,10 +42,10 @@ PAGE, DATA = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
 BESIDE = ROOT / "docs" / "results"
 # At the top of the page and of the README, until the comparison is made again on parts that no training has seen.
 NOTICE = """\
-> **A correction follows.** Held-out composed prompts are new, but their parts are not: training had seen 99.5 % of their
-> `chain_sum` and 96 % of their `leg_counting` parts. On composed prompts whose parts it had never seen, the quickstart's
-> router answers .597 (n = 300), and the experts' answers as text .640. Read the figures below with that in mind, until a
-> corrected comparison replaces them.
+> **A correction follows.** Held-out composed prompts are new, but their parts are not: training had seen 99.5 % of
+> their `chain_sum` and 96 % of their `leg_counting` parts. On composed prompts whose parts it had never seen, the
+> quickstart's router answers .597 (n = 300), and the experts' answers as text .640. Read the figures below with that in
+> mind, until a corrected comparison replaces them.
 """
 
 
