@@ -187,5 +187,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_has_replaced_nothing(
     if overwrite or isinstance(ends, ConfigError):
         assert contents(folder) == before
     else:
-        assert sorted(contents(folder)) == ["config.yaml", "data.json"], "for --resume"
+        with pytest.raises(type(ends)):  # it has logged nothing, and may begin anew
+            train(load(runs.recipe), resume=True, overwrite=False, console=Console(quiet=True))
+        assert sorted(contents(folder)) == ["config.yaml", "data.json"]
     assert sorted(path.name for path in folder.parent.iterdir()) == ["run"] * folder.exists() + ["run.lock"]

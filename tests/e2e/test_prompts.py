@@ -47,6 +47,8 @@ def test_a_run_resumed_under_another_hash_seed_sees_the_same_prompts_and_refuses
     train(runs, monkeypatch, 1, "steps=1")
     train(runs, monkeypatch, 2, "steps=2", "--resume")
     folder = RunFolder(runs.folder / "runs" / "run")
+    first = folder.checkpoints / "step-000000" / "manifest.json"
+    assert folder.start.stat().st_mtime_ns >= first.stat().st_mtime_ns, "a log without a checkpoint is a lost one"
     config = folder.saved_config()
     stream = PromptStream(build_tasks(config.data), config.data)
     tokenizer = load_tokenizer(config.policy.model)
