@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any
@@ -16,14 +15,14 @@ import numpy as np
 import reasoning_gym
 from reasoning_gym.factory import DATASETS, create_curriculum, has_curriculum
 
-from rewards.config import DataConfig, TaskConfig
+from rewards.config import TaskConfig
 from rewards.gym_scorers import COMPARISONS, FORMS, SCORERS, holds
-from rewards.prompts import prompt_of
 from rewards.readings import readings
 from rewards.verify import READING_ERRORS, RewardsError, Verifier
 from rewards.witnesses import witness
 from rollout.types import Prompt
 
+Generated = tuple[dict[str, Any], int | None]  # an entry, and the level of the task's curriculum that it is of
 _NO_NUMBER = re.compile(r"(?<![a-z])(nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
 _EQUAL = 1e-9  # some data sets add the score of a right answer up from floats
 _NEARLY = 0.99
@@ -102,8 +101,8 @@ def gym_verifier(task: TaskConfig) -> Verifier:
     return GymVerifier(task.name, task.dataset, task.config, task.level)
 
 
-def gym_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
-    """`task.size` entries of the data set, generated from `data.seed`, repeats included.
+def generate(task: TaskConfig, seed: int) -> list[Generated]:
+    """`task.size` entries of the data set, repeats included, in this process, on whose hash seed some depend.
 
     Raises:
         RewardsError: unknown data set or setting, or settings that the data set refuses.
@@ -112,21 +111,17 @@ def gym_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
     if task.curriculum is not None:
         levels = task.curriculum.levels
         share = {"curriculum": None, "size": max(1, task.size // len(levels))}
-        by_level = {level: gym_entries(task.model_copy(update=share | {"level": level}), data) for level in levels}
-        return [replace(e, payload=e.payload | {"level": level}) for level, es in by_level.items() for e in es]
-    dataset = _create(task.name, task.dataset, seed=data.seed, size=task.size, config=task.config, level=task.level)
+        by_level = {level: generate(task.model_copy(update=share | {"level": level}), seed) for level in levels}
+        return [(entry, level) for level, entries in by_level.items() for entry, _ in entries]
+    dataset = _create(task.name, task.dataset, seed=seed, size=task.size, config=task.config, level=task.level)
     try:
-        with _global_draws(f"{data.seed}/{task.dataset}"):
-            entries = [dataset[index] for index in range(task.size)]
+        with _global_draws(f"{seed}/{task.dataset}"):
+            return [(dataset[index], None) for index in range(task.size)]
     except Exception as error:  # each of a hundred generators fails in its own way on settings it did not check
         raise RewardsError(
             f"task {task.name!r}: {task.dataset} cannot generate with config {task.config}: "
             f"{type(error).__name__}: {error}; change data.tasks' config"
         ) from error
-    return [
-        prompt_of(task, data, question=entry["question"], answer=_gold(entry), payload={"entry": entry})
-        for entry in entries
-    ]
 
 
 @contextmanager
@@ -140,11 +135,6 @@ def _global_draws(seed: str) -> Iterator[None]:
     finally:
         random.setstate(kept)
         np.random.set_state(kept_numpy)
-
-
-def _gold(entry: dict[str, Any]) -> str:
-    """The gold answer; empty where many answers are right and only the data set can tell."""
-    return "" if entry["answer"] is None else str(entry["answer"])
 
 
 def categories() -> dict[str, list[str]]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import pytest
-
 from reasoning_gym.factory import DATASETS
 
 from rewards.attack import CANARY, EXIT_CODE, HOSTILE, Hostile
@@ -172,7 +171,7 @@ def try_hostile(names: Sequence[str], texts: Callable[[int], Sequence[Hostile]])
     with closing(RewardWorker(verifiers, RewardsConfig(timeout_s=LIMIT_S, jail="require"))) as worker:
         sane = [(p, p.answer) for prompts in tasks.values() for p in prompts[:1] if p.answer]
         before = worker.score_texts(sane)
-        assert all(score.right == 1 for score in before), [p.task for (p, _), s in zip(sane, before) if s.right != 1]
+        assert [prompt.task for (prompt, _), score in zip(sane, before, strict=True) if score.right != 1] == []
         for place, (name, prompts) in enumerate(tasks.items()):
             cases = hostile_cases(name, prompts, texts(place))
             for at in range(0, len(cases), PER_CALL):
