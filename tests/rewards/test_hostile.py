@@ -146,15 +146,18 @@ FAST = 4  # hostile completions a data set in the fast test, others for each
 PER_CALL = 2  # a verifier that is late three times in a row is not asked again in that call
 
 
-def hostile_cases(task: str, prompts: Sequence[Prompt], texts: Sequence[Hostile]) -> list[tuple[Prompt, Hostile]]:
-    """Every text for a prompt whose gold answer it does not hold."""
+def hostile_cases(prompts: Sequence[Prompt], texts: Sequence[Hostile]) -> list[tuple[Prompt, Hostile]]:
+    """Every text for one of the prompts, of which the text does not hold the gold answer if there is such a one."""
     cases = []
     for at, text in enumerate(texts):
-        apart = [p for p in prompts if not p.answer or p.answer.casefold() not in text.unit.casefold()]
-        if apart:
-            cases.append((apart[at % len(apart)], text))
-    assert len(cases) >= 0.9 * len(texts), task
+        apart = [prompt for prompt in prompts if not holds_gold(prompt, text)] or prompts
+        cases.append((apart[at % len(apart)], text))
     return cases
+
+
+def holds_gold(prompt: Prompt, text: Hostile) -> bool:
+    """Whether the text may be right for the prompt."""
+    return prompt.answer.casefold() in (text.before + text.unit + text.after).casefold() if prompt.answer else False
 
 
 def try_hostile(names: Sequence[str], texts: Callable[[int], Sequence[Hostile]]) -> Counter[str]:
@@ -173,13 +176,14 @@ def try_hostile(names: Sequence[str], texts: Callable[[int], Sequence[Hostile]])
         before = worker.score_texts(sane)
         assert [prompt.task for (prompt, _), score in zip(sane, before, strict=True) if score.right != 1] == []
         for place, (name, prompts) in enumerate(tasks.items()):
-            cases = hostile_cases(name, prompts, texts(place))
+            cases = hostile_cases(prompts, texts(place))
             for at in range(0, len(cases), PER_CALL):
                 chunk = cases[at : at + PER_CALL]
                 scores = worker.score_texts([(prompt, text.text) for prompt, text in chunk])
                 for (prompt, text), score in zip(chunk, scores, strict=True):
                     counts[score.status.value] += 1
-                    assert score.status is not RewardStatus.OK or score.right == 0, (name, text.name, prompt.answer)
+                    judged = score.status is RewardStatus.OK and not holds_gold(prompt, text)
+                    assert not judged or score.right == 0, (name, text.name, prompt.answer)
                     assert f"(exit code {EXIT_CODE})" not in score.reason, (name, text.name)
         assert worker.score_texts(sane) == before
     assert not CANARY.exists()
@@ -191,7 +195,7 @@ def test_hostile_completions_for_every_data_set_some() -> None:
         HOSTILE[(FAST * place + n) % len(HOSTILE)] for n in range(FAST)
     ])  # fmt: skip
     print(counts)
-    assert sum(counts.values()) > 0.9 * FAST * len(DATASETS)
+    assert sum(counts.values()) > FAST * len(DATASETS)
 
 
 @pytest.mark.slow
