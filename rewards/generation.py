@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rewards.gym import Generated
 
 
+END_S = 10.0  # from the end of its messages to that of the process, which then tells its exit code
+
+
 class Generator:
     """Makes entries in a process of its own, which is started when there is something to make."""
 
@@ -46,6 +49,8 @@ class Generator:
             # Unpickled, for it comes from our own process, and nothing that a model says is in it.
             answer: list[Generated] | RewardsError = self._connection.recv()
         except (EOFError, ConnectionError) as error:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
             self.close()
             raise RewardsError(
                 f"task {task.name!r}: the process that generates {task.dataset} ended with exit code "
