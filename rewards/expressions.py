@@ -7,13 +7,14 @@ some texts of 5,000 characters with a MemoryError.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import mpmath
@@ -217,6 +218,7 @@ def polynomial(steps: list[Step], variables: list[str]) -> Any:
 _MP = mpmath.MPContext()
 _MP.dps = 60
 _CLOSE = _MP.mpf(10) ** -30
+_ENOUGH = 4  # points at which formulas agree that are equal
 _POINTS = [_MP.mpf(p) for p in ("-2.7123", "-0.8317", "-0.2911", "-0.1739", "0.1173", "0.2391", "0.6113", "1.9731")]
 
 
@@ -313,24 +315,26 @@ def _at(point: Any, variable: str) -> Algebra[_Dual]:
     return Algebra(number, name, operator.mul, operator.truediv, _dual_power, _dual_call)
 
 
-def is_antiderivative(formula: list[Step], integrand: list[Step], variable: str) -> bool:
+def is_antiderivative(formula: list[Step], integrand: str, variable: str) -> bool:
     """Whether the derivative of one expression is the other.
 
-    To 30 digits, at those of eight points at which the integrand is real (at all if it is nowhere).  Numbers decide,
-    not simplification, which takes seconds, and more the longer the answer is.  Raises as `interpret`.
+    To 30 digits, at points at which the integrand is real (at all if it is nowhere).  Numbers decide, not
+    simplification, which takes seconds, and more the longer the answer is.  Raises as `interpret`.
     """
-    wanted = [(point, value) for point in _POINTS for value in _values(integrand, _at(point, variable))]
-    real = [(point, value) for point, value in wanted if not getattr(value, "imag", 0)]
-    for point, value in real or wanted:
+    wanted = _values(integrand, variable)
+    for point, value in wanted:
         slope = interpret(formula, _at(point, variable)).slope
         if not abs(slope - value) <= _CLOSE * (1 + abs(value)):
             return False
     return bool(wanted)
 
 
-def _values(steps: list[Step], algebra: Algebra[_Dual]) -> Iterator[Any]:
-    """The value of an expression, if it has one there."""
-    try:
-        yield interpret(steps, algebra).value
-    except ArithmeticError:
-        return
+@lru_cache(maxsize=1024)
+def _values(text: str, variable: str) -> list[tuple[Any, Any]]:
+    """Some points, and the values of an expression there."""
+    steps, found = parse(text), []
+    for point in _POINTS:
+        with contextlib.suppress(ArithmeticError):  # it has none there
+            found.append((point, interpret(steps, _at(point, variable)).value))
+    real = [(point, value) for point, value in found if not getattr(value, "imag", 0)]
+    return (real or found)[:_ENOUGH]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from rewards import expressions
@@ -24,6 +25,7 @@ _NUMBER = re.compile(
 )
 
 
+@lru_cache(maxsize=4096)
 def number(text: str) -> Decimal | None:
     """The number that `text` consists of, with thousands by comma, a dollar or an exponent; None if it is none."""
     found = _NUMBER.fullmatch(text.replace("\u2212", "-"))
@@ -109,10 +111,9 @@ def _polynomial_multiplication(answer: str, entry: Entry) -> float:
 
 
 def _integration(answer: str, entry: Entry) -> float:
-    integrand = expressions.parse(entry["metadata"]["integrand"])
-    return float(
-        expressions.is_antiderivative(expressions.parse(answer), integrand, str(entry["metadata"]["variable"]))
-    )
+    asked = entry["metadata"]
+    formula = expressions.parse(answer)
+    return float(expressions.is_antiderivative(formula, str(asked["integrand"]), str(asked["variable"])))
 
 
 _PROBABILITY = re.compile(

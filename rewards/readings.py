@@ -15,6 +15,7 @@ _WRAPPED = [
         r"\$\$(.*)\$\$", r"\$(.*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]",
     )
 ]  # fmt: skip
+_MARKUP = re.compile(r"[\\*`$]|answer|\.$", re.IGNORECASE)
 _MOST_LAYERS = 8
 
 
@@ -33,6 +34,8 @@ def readings(completion: str, gold: str | None) -> Iterator[str]:
             return
         answer = _tagged(said).strip()
     yield answer
+    if not _MARKUP.search(answer):  # most answers have none
+        return
     for _ in range(_MOST_LAYERS):
         bare = _without_layer(answer, stop=(gold or "").rstrip().endswith("."))
         if bare in ("", answer):
