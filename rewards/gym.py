@@ -44,6 +44,11 @@ class GymVerifier:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_scorers": {}}
 
+    def prepare(self) -> None:
+        """Builds the data set whose scoring is used."""
+        if self.dataset not in SCORERS:
+            self._scorer(self.level)
+
     def score(self, completion: str, prompt: Prompt) -> float:
         """In [0, 1]; the best of what its readings score.
 
