@@ -15,7 +15,7 @@ _WRAPPED = [
         r"\$\$(.*)\$\$", r"\$(.*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]",
     )
 ]  # fmt: skip
-_MARKUP = re.compile(r"[\\*`$]|answer|\.$", re.IGNORECASE)
+_MARKUP = re.compile(r"[\\*`$]|####|answer|\.$", re.IGNORECASE)
 _MOST_LAYERS = 8
 
 
@@ -23,7 +23,7 @@ def readings(completion: str, gold: str | None) -> Iterator[str]:
     """The answer as it stands in a completion, then without its markup, one layer after the other.
 
     The answer is what follows the last `</think>`, of that what stands between the last <answer> and </answer>, or
-    behind an <answer> that is not closed, if there is one.  Markup is what stands around the last \\boxed{}, "the
+    behind an <answer> that is not closed, if there is one.  Markup is what stands around the last \\boxed{}, "####", "the
     answer is", a code block, bold, dollars, and a final full stop that the gold answer has not.  Nothing comes of a
     completion that ends in its thoughts.  Time is linear in the text.
     """
@@ -66,6 +66,8 @@ def _without_layer(answer: str, stop: bool) -> str:
     boxed = _boxed(answer)
     if boxed is not None:
         return boxed.strip()
+    if "####" in answer:
+        return answer.rpartition("####")[2].strip()
     leads = list(_LEAD.finditer(answer)) if "answer" in answer.lower() else None
     if leads:
         return answer[leads[-1].end() :].strip()

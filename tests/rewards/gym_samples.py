@@ -48,6 +48,7 @@ SPELLINGS: dict[str, str] = {
     "a code block": "```text\nGOLD\n```",
     "inline code": "`GOLD`",
     "dollars": "$GOLD$",
+    "GSM8K's mark": "We count again.\n#### GOLD",
     "behind thoughts": "<think>Is it <answer>42</answer>?</think>\nGOLD",
 }
 # A full stop more is another text where the gold answer ends in one.
