@@ -23,9 +23,9 @@ def readings(completion: str, gold: str | None) -> Iterator[str]:
     """The answer as it stands in a completion, then without its markup, one layer after the other.
 
     The answer is what follows the last `</think>`, of that what stands between the last <answer> and </answer>, or
-    behind an <answer> that is not closed, if there is one.  Markup is what stands around the last \\boxed{}, "####", "the
-    answer is", a code block, bold, dollars, and a final full stop that the gold answer has not.  Nothing comes of a
-    completion that ends in its thoughts.  Time is linear in the text.
+    behind an <answer> that is not closed, if there is one.  Markup is what stands around the last \\boxed{}, "####",
+    "the answer is", a code block, bold, dollars, and a final full stop that the gold answer has not.  Nothing comes of
+    a completion that ends in its thoughts.  Time is linear in the text.
     """
     answer = completion.strip()
     if "<" in answer:  # most have no tags, and this is on every completion's way
