@@ -64,7 +64,7 @@ class TransformersEncoder:
         tokens, mask = tokens.to(self.frozen.device), mask.to(self.frozen.device)
         last = self.config.layer == -1
         with torch.inference_mode():
-            out = self.frozen.model.base_model(
+            out = self.frozen.body(
                 input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=not last
             )
             states = (out.last_hidden_state if last else out.hidden_states[self.config.layer]).float()

@@ -41,7 +41,7 @@ def completion_logprobs(
     tokens = completions.tokens[rows]
     cache = new_cache(policy.model.config)
     out = policy.model(
-        inputs_embeds=with_prefix(policy.embed(prompts.tokens), prefix, prompts),
+        **policy.inputs(prompts.tokens, with_prefix(policy.embed(prompts.tokens), prefix, prompts)),
         attention_mask=prompts.mask,
         position_ids=prompts.positions,
         past_key_values=cache,

@@ -221,7 +221,7 @@ class ContinuousBatch:
         )
         cache = new_cache(self.policy.model.config)
         out = self.policy.model(
-            inputs_embeds=embedded,
+            **self.policy.inputs(batch.tokens, embedded),
             attention_mask=batch.mask,
             position_ids=batch.positions,
             past_key_values=cache,

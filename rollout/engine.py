@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from experts.adapter import adapter_arrays
+from experts.architectures import policy_refusal
 from experts.kv_cache import new_cache, select_rows
-from experts.loading import FrozenModel, weights_sha256
+from experts.loading import FrozenModel, ModelError, weights_sha256
 from experts.state import RouterSnapshot
 from rollout.continuous import ContinuousBatch, Decoding, Piece
 from rollout.sequence import PrefixPosition, PromptBatch, Tokens, lay_out_prompts, next_positions, with_prefix
@@ -93,11 +94,17 @@ class PolicyEngine(Protocol):
 
 
 class TransformersEngine:
-    """Batched sampling with a KV cache."""
+    """Batched sampling with a KV cache.
+
+    Raises:
+        ModelError: when the policy is of an architecture that would read a prefix wrongly.
+    """
 
     needs_uniforms = True
 
     def __init__(self, policy: FrozenModel, position: PrefixPosition) -> None:
+        if reason := policy_refusal(policy.model.config):
+            raise ModelError(f"model {policy.path!r} cannot be the policy: {reason}")
         self.policy = policy
         self.position: PrefixPosition = position
         self._adapter = ""
@@ -135,7 +142,7 @@ class TransformersEngine:
         embedded = with_prefix(self.policy.embed(batch.tokens), prefix, batch)
         cache = new_cache(model.config)
         out = model(
-            inputs_embeds=embedded,
+            **self.policy.inputs(batch.tokens, embedded),
             attention_mask=batch.mask,
             position_ids=batch.positions,
             past_key_values=cache,
