@@ -21,6 +21,7 @@ EXACT_HYBRIDS = (
     "granitemoehybrid",
     "lfm2",
     "lfm2_moe",
+    "nemotron_h",
     "olmo_hybrid",
     "qwen3_5_moe_text",
     "qwen3_5_text",

@@ -58,14 +58,23 @@ SHARED = {
     "eos_token_id": 1,
 }
 HALF = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
-MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_chunk_size": 8}
-DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
+MAMBA = {
+    "num_hidden_layers": 3,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+DELTA = {  # a recurrent layer that reads the prefix, and one that reads what attention makes of it
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+CONVOLUTION = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 PER_LAYER = {
     "hidden_size_per_layer_input": 8,
@@ -100,10 +109,21 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {"embedding_multiplier": 12.0, "logits_scaling": 8.0}),
     "granitemoehybrid": (
         "granitemoehybrid",
-        MAMBA | MOE | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
+        MAMBA | MOE | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 32},
     ),
     "falcon_h1": ("falcon_h1", MAMBA | {"mamba_d_ssm": 64}),
     "bamba": ("bamba", MAMBA | {"attn_layer_indices": [1]}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "ssm_state_size": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "chunk_size": 8,
+            "n_groups": 1,
+            "hybrid_override_pattern": "M*M-",
+        },
+    ),
     "jamba": (
         "jamba",
         {
@@ -112,12 +132,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 2,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
         },
     ),
     "olmo_hybrid": ("olmo_hybrid", DELTA),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    "lfm2_moe": ("lfm2_moe", MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "lfm2": ("lfm2", CONVOLUTION | {"block_auto_adjust_ff_dim": False}),
+    "lfm2_moe": ("lfm2_moe", MOE | CONVOLUTION | {"num_dense_layers": 1}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", HALF),
     "smollm3": ("smollm3", {}),
@@ -156,8 +175,7 @@ def make(name: str, folder: Path) -> str:
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # large enough that everything matters, biases and gains too
-        scale = 0.1 if parameter.ndim == 1 else 0.2
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
@@ -202,17 +220,17 @@ def policy_verdict(path: str, position: PrefixPosition, prompts: Prompts = PROMP
 def served(
     policy: FrozenModel, position: PrefixPosition, prefix: Tensor, prompts: Prompts
 ) -> list[tuple[list[int], list[float]]]:
-    """The server's greedy answers; with room for two at a time they come, go and move."""
+    """The server's greedy answers of several lengths; with room for two at a time they come, go and move."""
 
     async def listen(batch: ContinuousBatch, row: int) -> tuple[list[int], list[float]]:
-        decoding, slots = Decoding(temperature=0.0, max_new_tokens=LIMIT), prefix[row] if OPEN[row] else None
+        decoding, slots = Decoding(temperature=0.0, max_new_tokens=2 + row), prefix[row] if OPEN[row] else None
         pieces = [piece async for piece in batch.stream(prompts[row], slots, decoding)]
         return [token for piece in pieces for token in piece.tokens], [p for piece in pieces for p in piece.logprobs]
 
     async def everyone(batch: ContinuousBatch) -> list[tuple[list[int], list[float]]]:
         return await asyncio.gather(*(listen(batch, row) for row in range(len(prompts))))
 
-    with closing(ContinuousBatch(policy, position, limit=2)) as batch:
+    with closing(ContinuousBatch(replace(policy, end_tokens=()), position, limit=2)) as batch:
         return asyncio.run(everyone(batch))
 
 
