@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from experts.config import ExpertConfig
-from experts.loading import FrozenModel, load_embeddings, load_frozen, weights_sha256
+from experts.loading import FrozenModel, ModelError, load_embeddings, load_frozen, weights_sha256
 from experts.vllm_engine import VllmEngine
 
 Tokens = Sequence[int]
@@ -68,6 +68,8 @@ class TransformersEncoder:
                 input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=not last
             )
             states = (out.last_hidden_state if last else out.hidden_states[self.config.layer]).float()
+            if states.ndim != 3:  # Gemma 3n has several streams between its first layer and its last
+                raise ModelError(f"expert {self.config.name!r}: layer {self.config.layer} has several states a token")
             if self.config.pool == "last_k":
                 lengths = mask.sum(dim=1).tolist()
                 return [

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+LAYOUT = 2  # version of the above; 1 had the padding between slots and prompt
 PrefixPosition = Literal["front", "after_bos"]
 Tokens = Sequence[int] | np.ndarray
 
