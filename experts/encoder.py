@@ -15,6 +15,8 @@ from experts.loading import FrozenModel, ModelError, load_embeddings, load_froze
 from experts.vllm_engine import VllmEngine
 
 Tokens = Sequence[int]
+# Models whose state takes in what stands in front of a prompt, masked or not.
+READS_PADDING = ("recurrent_gemma", "rwkv")
 
 
 class Encoder(Protocol):
@@ -80,6 +82,8 @@ class TransformersEncoder:
 
     def answer(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """See `Encoder`."""
+        if self.frozen.model.config.model_type in READS_PADDING and len(prompts) > 1:
+            return [self.answer([prompt], max_new_tokens)[0] for prompt in prompts]
         tokens, mask = pad(prompts, self.frozen.pad_id, left=True)
         with torch.inference_mode():
             out = self.frozen.model.generate(

@@ -257,9 +257,11 @@ def learned(
         close(found[row, : len(tokens)], alone)
         total = total + (alone * weights[row, : len(tokens)]).sum()
     (wanted,) = torch.autograd.grad(total, prefix)
+    assert wanted.norm() > 1e-2
     for row, shows in enumerate(OPEN):
-        assert wanted[row].norm() > 1e-3 if shows else not gradient[row].any()
-        error = (gradient[row] - wanted[row]).norm() / wanted[row].norm().clamp_min(1e-9)
+        assert shows or not gradient[row].any()
+        # Behind a long prompt a window or a decaying state leaves next to nothing of a row's own.
+        error = (gradient[row] - wanted[row]).norm() / wanted[row].norm().clamp_min(1e-3 * wanted.norm())
         assert error < GRADIENTS, f"d loss / d prefix is off by {error:.1e} of its size"
 
 
@@ -285,7 +287,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 def expert_verdict(path: str) -> str:
-    """`exact`, where states do not depend on what else is in the batch.
+    """`exact`, where states and answers do not depend on what else is in the batch.
 
     Raises:
         AssertionError: when they do.
@@ -297,6 +299,9 @@ def expert_verdict(path: str) -> str:
         states = encoder.frozen.body(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state
         close(torch.from_numpy(found), torch.from_numpy(alone))
         close(torch.from_numpy(found), states[0, -3:].detach())
+    for together, prompt in zip(encoder.answer(PROMPTS, LIMIT), PROMPTS, strict=True):
+        (alone,) = encoder.answer([prompt], LIMIT)
+        assert together[: len(alone)] == alone and set(together[len(alone) :]) <= {encoder.frozen.pad_id}
     return "exact"
 
 
