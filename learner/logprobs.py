@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from experts.kv_cache import fewest_columns, new_cache, select_rows
 from experts.loading import FrozenModel
 from learner.losses import PerToken
 from rollout.sequence import CompletionBatch, PromptBatch, with_prefix
@@ -35,14 +36,12 @@ def completion_logprobs(
 
     Equal completions of a group are computed once: short answers are mostly alike.
     """
-    from transformers import DynamicCache
-
     rows, inverse = distinct_rows(completions, len(prompts.tokens))
     group = rows // (len(completions.tokens) // len(prompts.tokens))
     tokens = completions.tokens[rows]
-    cache = DynamicCache()
+    cache = new_cache(policy.model.config)
     out = policy.model(
-        inputs_embeds=with_prefix(policy.embed(prompts.tokens), prefix, prompts),
+        **policy.inputs(prompts.tokens, with_prefix(policy.embed(prompts.tokens), prefix, prompts)),
         attention_mask=prompts.mask,
         position_ids=prompts.positions,
         past_key_values=cache,
@@ -50,16 +49,18 @@ def completion_logprobs(
         logits_to_keep=1,
     )
     logits = out.logits[group]
-    if tokens.shape[1] > 1:
-        cache.batch_select_indices(group)
+    given = tokens.shape[1] - 1
+    if given:
+        select_rows(cache, group)
+        read = max(given, fewest_columns(cache))
         out = policy.model(
-            input_ids=tokens[:, :-1],
-            attention_mask=completions.mask[rows, :-1],
-            position_ids=completions.positions[rows, :-1],
+            input_ids=tokens[:, :read],
+            attention_mask=completions.mask[rows, : prompts.mask.shape[1] + read],
+            position_ids=completions.positions[rows, :read],
             past_key_values=cache,
             use_cache=True,
         )
-        logits = torch.cat([logits, out.logits], dim=1)
+        logits = torch.cat([logits, out.logits[:, :given]], dim=1)
     distinct = token_statistics(logits, tokens, temperature)
     return TokenStatistics(distinct.logprobs[inverse], distinct.entropy[inverse])
 

@@ -188,7 +188,7 @@ def replay_step(run: Path, step: int, console: Console) -> bool:
     missing = [s for s in range(before[-1] + 1, step + 1) if not groups.path_of(folder.groups, s).is_file()]
     if missing:
         raise RunFolderError(f"{run} has not kept the groups of step {missing[0]}: train with checkpoint.groups=true")
-    saved = checkpoint.read(folder.checkpoints, before[-1])
+    saved = checkpoint.read_to_train(folder.checkpoints, before[-1])
     config, folder, tasks, started = _open(run, saved, console)
     try:
         loss, norm = _replay(config, folder, tasks, started, saved, step)

@@ -69,4 +69,4 @@ def _saved(folder: RunFolder) -> checkpoint.Checkpoint | None:
     if not checkpoint.steps(folder.checkpoints):
         folder.check_lost()
         return None
-    return checkpoint.read(folder.checkpoints)
+    return checkpoint.read_to_train(folder.checkpoints)

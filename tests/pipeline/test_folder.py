@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster.config import RunConfig, parse
+from cluster.run import checkpoint, groups, training
+from cluster.run.afterwards import replay_step
 from cluster.run.folder import RunFolder, RunFolderError
 from cluster.run.mirror import Mirror
 from rewards.sources import Task
 from rewards.stream import PromptStream
 from rewards.verify import RewardsError
+from rollout.sequence import LAYOUT
 from tests.pipeline.runs import made_up_run, settings
 from tests.pipeline.test_mirror import contents
 from tests.rewards.verifiers import a_prompt
@@ -250,3 +254,20 @@ def test_a_config_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     folder.config.write_text("run: [")
     with pytest.raises(RunFolderError, match=r"config\.yaml is damaged"):
         folder.saved_config()
+
+
+def test_a_run_of_another_layout_is_not_gone_on_with_and_its_router_can_be_read_still(tmp_path: Path) -> None:
+    folder = RunFolder(made_up_run(tmp_path))
+    assert checkpoint.read_to_train(folder.checkpoints).layout == LAYOUT
+    for manifest in folder.checkpoints.glob("*/manifest.json"):
+        values = json.loads(manifest.read_text())
+        assert values.pop("layout") == LAYOUT
+        manifest.write_text(json.dumps(values))
+    folder.metrics.write_text('{"step": 4}\n')
+    for step in (3, 4):
+        groups.path_of(folder.groups, step).parent.mkdir(exist_ok=True)
+        groups.path_of(folder.groups, step).touch()
+    for go_on in (lambda: training._saved(folder), lambda: replay_step(folder.path, 4, Console(quiet=True))):
+        with pytest.raises(checkpoint.CheckpointError, match=r"trio was trained .*\(layout 1, .* start anew"):
+            go_on()
+    assert checkpoint.read(folder.checkpoints).step == 4
