@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,8 +21,12 @@ from learner.token_logprobs import replaced_forward
 
 
 @contextlib.contextmanager
-def checkpointed(policy: FrozenModel) -> Iterator[None]:
+def checkpointed(policy: FrozenModel, rows: Int[Tensor, " rows"] | None = None) -> Iterator[None]:
     """Forward passes of the block keep each decoder layer's input alone, and backward computes the rest again.
+
+    Args:
+        rows: for a pass that goes on from a cache, which of the cache's rows each of its own goes on from.  Every layer
+            selects its own, so that no more than one layer's selection is held; the cache stays as it is.
 
     Raises:
         ModelError: for a model whose decoder layers cannot be told.
@@ -38,21 +42,24 @@ def checkpointed(policy: FrozenModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             index = next((m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")), 0)
-            stack.enter_context(replaced_forward(layer, partial(_checkpointed, layer.forward, index)))
+            stack.enter_context(replaced_forward(layer, partial(_checkpointed, layer.forward, index, rows)))
         yield
 
 
-def _checkpointed(forward: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(
+    forward: Callable[..., Any], index: int, rows: Int[Tensor, " rows"] | None, *args: Any, **kwargs: Any
+) -> Any:
     from transformers import Cache
 
     count, inputs = len(args), dict(enumerate(args)) | kwargs
     caches = {key: value for key, value in inputs.items() if isinstance(value, Cache)}
     before = {key: _snapshot(cache, index) for key, cache in caches.items()}
+    written = caches if rows is None else {}
 
     def run(others: dict[Any, Any]) -> Any:
-        # The real caches the first time alone, and not kept: they hold every layer's keys and values.
-        mine = dict(caches) or {key: _snapshot(cache, index) for key, cache in before.items()}
-        caches.clear()
+        # Into the real cache the first time alone, and it is not kept: it holds every layer's keys and values.
+        mine = dict(written) or {key: _snapshot(cache, index, rows) for key, cache in before.items()}
+        written.clear()
         everything = others | mine
         return forward(*[everything.pop(at) for at in range(count)], **everything)
 
@@ -60,19 +67,19 @@ def _checkpointed(forward: Callable[..., Any], index: int, *args: Any, **kwargs:
     return checkpoint(run, others, use_reentrant=False, preserve_rng_state=False)
 
 
-def _snapshot(cache: Any, index: int) -> Any:
-    """A cache that holds one layer's states alone; writing to it leaves the original as it is."""
+def _snapshot(cache: Any, index: int, rows: Int[Tensor, " rows"] | None = None) -> Any:
+    """A cache that holds some rows of one layer's states alone; writing to it leaves the original as it is."""
     taken = copy.copy(cache)
     taken.layers = [_copied(layer) if at == index else None for at, layer in enumerate(cache.layers)]
+    if rows is not None:
+        taken.layers[index].batch_select_indices(rows)
     return taken
 
 
 def _copied(layer: Any) -> Any:
-    """Attention layers replace their tensors; recurrent ones write into the tensors of their lists."""
+    """Attention layers replace their tensors; recurrent ones write into those of their dictionaries."""
     taken = copy.copy(layer)
     for name, value in vars(layer).items():
-        if isinstance(value, list):
-            setattr(taken, name, [v.clone() if isinstance(v, Tensor) else v for v in value])
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             setattr(taken, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
     return taken

@@ -36,9 +36,8 @@ def completion_logprobs(
     rows, inverse = distinct_rows(completions, len(prompts.tokens))
     tokens, valid = completions.tokens[rows], completions.valid[rows]
     head = Head(policy)
-    saving = checkpointed(policy) if checkpoint_activations and torch.is_grad_enabled() else contextlib.nullcontext()
-    with saving:
-        hidden = _hidden_states(policy, head, prompts, prefix, completions, rows)
+    saving = checkpoint_activations and torch.is_grad_enabled()
+    hidden = _hidden_states(policy, head, prompts, prefix, completions, rows, saving)
     chunk = max(CHUNK // policy.model.config.vocab_size, 1)
     found = token_statistics(head, hidden[valid], tokens[valid], temperature, chunk, head.trains)
     # Row by row again, and every equal row of its own.
@@ -53,6 +52,7 @@ def _hidden_states(
     prefix: Float[Tensor, "groups slots width"] | None,
     completions: CompletionBatch,
     rows: Int[Tensor, " rows"],
+    checkpoint: bool,
 ) -> Float[Tensor, "rows tokens width"]:
     """What the logits of the rows' tokens are made from."""
     from transformers import DynamicCache
@@ -60,23 +60,26 @@ def _hidden_states(
     group = rows // (len(completions.tokens) // len(prompts.tokens))
     tokens = completions.tokens[rows]
     cache = DynamicCache()
-    first = head.hidden_states(
-        inputs_embeds=with_prefix(policy.embed(prompts.tokens), prefix, prompts),
-        attention_mask=prompts.mask,
-        position_ids=prompts.positions,
-        past_key_values=cache,
-        use_cache=True,
-    )[group, -1:]
+    with checkpointed(policy) if checkpoint else contextlib.nullcontext():
+        first = head.hidden_states(
+            inputs_embeds=with_prefix(policy.embed(prompts.tokens), prefix, prompts),
+            attention_mask=prompts.mask,
+            position_ids=prompts.positions,
+            past_key_values=cache,
+            use_cache=True,
+        )[group, -1:]
     if tokens.shape[1] == 1:
         return first
-    cache.batch_select_indices(group)
-    rest = head.hidden_states(
-        input_ids=tokens[:, :-1],
-        attention_mask=completions.mask[rows, :-1],
-        position_ids=completions.positions[rows, :-1],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    if not checkpoint:
+        cache.batch_select_indices(group)
+    with checkpointed(policy, group) if checkpoint else contextlib.nullcontext():
+        rest = head.hidden_states(
+            input_ids=tokens[:, :-1],
+            attention_mask=completions.mask[rows, :-1],
+            position_ids=completions.positions[rows, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
     return torch.cat([first, rest], dim=1)
 
 

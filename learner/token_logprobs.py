@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from experts.loading import FrozenModel, ModelError
 
-CHUNK = 2**24  # logits at a time: 64 MiB a copy in float32
+CHUNK = 2**25  # logits at a time: 128 MiB a copy in float32, of which there are three
 PerToken = Float[Tensor, "*tokens"]
 Hidden = Float[Tensor, "tokens width"]
 Logits = Float[Tensor, "tokens vocabulary"]
@@ -82,7 +82,7 @@ class Head:
         """The model's logits, in its own dtype; after `hidden_states`."""
         output = self._output(last_hidden_state=hidden[None])
         with replaced_forward(self._decoder, lambda *_args, **_kwargs: output):
-            return self._model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            return self._model(inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0)
 
 
 def _decoder(policy: FrozenModel) -> Any:
@@ -143,31 +143,39 @@ class _Statistics(torch.autograd.Function):
         temperature: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        learns = ctx.needs_input_grad[0]
-        logprobs, entropies = [], []
+        learns, parts = ctx.needs_input_grad[0], []
         slopes = torch.empty_like(hidden) if learns else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            some = hidden[rows].detach().requires_grad_(learns)
-            with torch.set_grad_enabled(learns):
-                logits = head(some)
-            log = _log_softmax(logits.detach(), temperature)
-            mine = tokens[rows, None]
-            logprobs.append(log.gather(1, mine)[:, 0])
-            p = log.exp()
-            entropies.append(-torch.linalg.vecdot(p, log))
-            del log
+            *part, slope = _with_slope(head, hidden[rows].detach(), tokens[rows, None], temperature, learns)
+            parts.append(part)
             if slopes is not None:
-                # (one-hot - p) / T, in place.
-                slope = p.div_(-temperature).scatter_add_(1, mine, torch.full_like(p[:, :1], 1 / temperature))
-                (slopes[rows],) = torch.autograd.grad(logits, some, slope.to(logits.dtype))
+                slopes[rows] = slope
         if slopes is not None:
             ctx.save_for_backward(slopes)
-        entropy = torch.cat(entropies)
+        logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return (slopes * gradients[0][:, None]).to(slopes.dtype), None, None, None, None
+
+
+def _with_slope(
+    head: Callable[[Hidden], Logits], hidden: Hidden, tokens: Int[Tensor, "tokens 1"], temperature: float, learns: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A chunk's log-probabilities and entropies, and d logprob / d hidden where it is wanted."""
+    with torch.set_grad_enabled(learns):
+        logits = head(hidden.requires_grad_(learns))
+    log = _log_softmax(logits.detach(), temperature)
+    p = log.exp()
+    # einsum, for `vecdot` makes their product, which is a copy more.
+    logprobs, entropy = log.gather(1, tokens)[:, 0], -torch.einsum("tv,tv->t", p, log)
+    if not learns:
+        return logprobs, entropy, None
+    del log
+    # d logprob / d logits = (one-hot - p) / temperature, in the place of p.
+    slope = p.div_(-temperature).scatter_add_(1, tokens, torch.full_like(p[:, :1], 1 / temperature))
+    return logprobs, entropy, torch.autograd.grad(logits, hidden, slope.to(logits.dtype))[0]
