@@ -232,7 +232,9 @@ class Runs:
             env = os.environ | PROCESS_ENVIRONMENT | {"OMP_NUM_THREADS": str(self.threads)} | EVERY_TENSOR_OF_ITS_OWN
             out = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True).stdout
             self.found[case] = json.loads(out.splitlines()[-1])
-            self.console.print(f"{case.how} {case.vocabulary} {case.tokens} {case.layers}: {out.strip()}", style="dim", soft_wrap=True)
+            self.console.print(
+                f"{case.how} {case.vocabulary} {case.tokens} {case.layers}: {out.strip()}", style="dim", soft_wrap=True
+            )
         return self.found[case]
 
     def gradient_file(self, case: Case) -> Path:

@@ -74,7 +74,9 @@ class Head:
         with replaced_forward(self._decoder, recording):
             self._model(**inputs, logits_to_keep=none)
         if len(found) != 1:
-            raise ModelError(f"model {self._name!r}: {type(self._model).__name__} does not use its decoder as others do")
+            raise ModelError(
+                f"model {self._name!r}: {type(self._model).__name__} does not use its decoder as others do"
+            )
         self._output = type(found[0])
         return found[0].last_hidden_state
 
