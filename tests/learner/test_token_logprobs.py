@@ -136,7 +136,7 @@ def test_a_temperature_divides_the_logits_and_half_precision_is_raised_first() -
 @every_head
 def test_hidden_states_and_head_are_the_model_s_own(family: str) -> None:
     policy = frozen(family)
-    batch, prefix, _ = laid_out(policy)
+    batch, _, _ = laid_out(policy)
     inputs = {"input_ids": batch.tokens, "use_cache": False}
     head = Head(policy)
     hidden = head.hidden_states(**inputs)
