@@ -75,33 +75,35 @@ def whole_logprobs(
 ) -> Any:
     """`completion_logprobs` as it was: all logits at once, in float32."""
     import torch
-    from transformers import DynamicCache
 
+    from experts.kv_cache import fewest_columns, new_cache, select_rows
     from learner.logprobs import distinct_rows
     from learner.token_logprobs import TokenStatistics
     from rollout.sequence import with_prefix
 
     rows, inverse = distinct_rows(completions, len(prompts.tokens))
     group = rows // (len(completions.tokens) // len(prompts.tokens))
-    tokens, cache = completions.tokens[rows], DynamicCache(config=policy.model.config)
+    tokens, cache = completions.tokens[rows], new_cache(policy.model.config)
     out = policy.model(
-        inputs_embeds=with_prefix(policy.embed(prompts.tokens), prefix, prompts),
+        **policy.inputs(prompts.tokens, with_prefix(policy.embed(prompts.tokens), prefix, prompts)),
         attention_mask=prompts.mask,
         position_ids=prompts.positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    logits = out.logits[group]
-    cache.batch_select_indices(group)
-    out = policy.model(
-        input_ids=tokens[:, :-1],
-        attention_mask=completions.mask[rows, :-1],
-        position_ids=completions.positions[rows, :-1],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    logits = torch.cat([logits, out.logits], dim=1)
+    logits, given = out.logits[group], tokens.shape[1] - 1
+    if given:
+        select_rows(cache, group)
+        read = max(given, fewest_columns(cache))
+        out = policy.model(
+            input_ids=tokens[:, :read],
+            attention_mask=completions.mask[rows, : prompts.mask.shape[1] + read],
+            position_ids=completions.positions[rows, :read],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([logits, out.logits[:, :given]], dim=1)
     raised = logits if logits.dtype == torch.float64 else logits.float()
     logprobs = (raised / temperature).log_softmax(dim=-1)
     with torch.no_grad():

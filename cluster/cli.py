@@ -267,8 +267,11 @@ def compare(
     from cluster.run.finished import read
     from cluster.watch import comparison
 
-    arms = comparison.compare([read(run) for run in runs])
+    found = [read(run) for run in runs]
+    arms = comparison.compare(found)
     console.print(comparison.Comparison(arms))
+    if said := comparison.without_pools(found):
+        console.print(said, highlight=False, soft_wrap=True)
     for path in comparison.write(arms, out) if out else []:
         console.print(path, highlight=False, soft_wrap=True)
 

@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from experts.config import ExpertConfig
-from experts.loading import FrozenModel, load_embeddings, load_frozen, weights_sha256
+from experts.loading import FrozenModel, ModelError, load_embeddings, load_frozen, weights_sha256
 from experts.vllm_engine import VllmEngine
 
 Tokens = Sequence[int]
+# Models whose state takes in what stands in front of a prompt, masked or not.
+READS_PADDING = ("recurrent_gemma", "rwkv")
 
 
 class Encoder(Protocol):
@@ -64,10 +66,12 @@ class TransformersEncoder:
         tokens, mask = tokens.to(self.frozen.device), mask.to(self.frozen.device)
         last = self.config.layer == -1
         with torch.inference_mode():
-            out = self.frozen.model.base_model(
+            out = self.frozen.body(
                 input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=not last
             )
             states = (out.last_hidden_state if last else out.hidden_states[self.config.layer]).float()
+            if states.ndim != 3:  # Gemma 3n has several streams between its first layer and its last
+                raise ModelError(f"expert {self.config.name!r}: layer {self.config.layer} has several states a token")
             if self.config.pool == "last_k":
                 lengths = mask.sum(dim=1).tolist()
                 return [
@@ -78,6 +82,8 @@ class TransformersEncoder:
 
     def answer(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """See `Encoder`."""
+        if self.frozen.model.config.model_type in READS_PADDING and len(prompts) > 1:
+            return [self.answer([prompt], max_new_tokens)[0] for prompt in prompts]
         tokens, mask = pad(prompts, self.frozen.pad_id, left=True)
         with torch.inference_mode():
             out = self.frozen.model.generate(

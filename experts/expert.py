@@ -115,7 +115,7 @@ class Expert:
         """Name, width, parameters and fingerprints, for the router's metadata and the run's summary."""
         return {
             "name": self.config.name,
-            "width": self.frozen.width,
+            "width": self.encoder.states([[self.frozen.pad_id]])[0].shape[-1],
             "parameters": self.frozen.parameters,
             "fingerprint": self._fingerprint,
             "sha256": self.sha256(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,8 +48,14 @@ class FrozenModel:
 
     @property
     def width(self) -> int:
-        """Width of the hidden states."""
-        return self.model.config.hidden_size
+        """Width of the token embeddings, and so of a prefix; hidden states are wider in a few models (OPT-350m)."""
+        return self.embed(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]
+
+    @property
+    def body(self) -> Any:
+        """The model without its output layer."""
+        body = self.model.base_model
+        return body if body is not self.model else self.model.model  # Llama 4 names it wrongly
 
     @property
     def parameters(self) -> int:
@@ -61,6 +68,18 @@ class FrozenModel:
         """Token embeddings, (..., width), detached."""
         with torch.no_grad():
             return self.model.get_input_embeddings()(tokens)
+
+    def inputs(self, tokens: torch.Tensor, embedded: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a forward pass takes for embedded tokens.
+
+        tokens: (batch, length) their ids, and the pad id where a vector is no token's; models that read an embedding
+            of the id in every layer get those too.
+        """
+        if not reads_ids(self.model.config):
+            return {"inputs_embeds": embedded}
+        look_up = self.body.get_per_layer_inputs
+        ids = (tokens, None) if len(inspect.signature(look_up).parameters) == 2 else (tokens,)
+        return {"inputs_embeds": embedded, "per_layer_inputs": look_up(*ids)}
 
     def render(self, messages: Messages) -> str:
         """See `render`."""
@@ -96,6 +115,11 @@ class EmbeddingsOnly(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         """As a transformers model."""
         return self.embedding
+
+
+def reads_ids(config: Any) -> bool:
+    """Whether a model's layers read embeddings of the token ids beside the hidden states (Gemma 3n, Gemma 4 E2B)."""
+    return bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", None))
 
 
 def render(tokenizer: Any, messages: Messages) -> str:
@@ -168,9 +192,10 @@ def stored_sha256(path: str) -> str:
 def describe(path: str) -> dict[str, Any]:
     """The model's `config.json` values the plan needs, read without loading weights.
 
-    Returns a dict with `architecture`, `hidden_size`, `layers`, `vocabulary`, `heads`, `kv_heads`, `head_size`,
-    `longest` (positions, or None), `feedforward`, `quantized` (by what method, or None), `tied` (embeddings) and
-    `stored_bytes` of its weights (0 when they are not here).
+    Returns a dict with `architecture`, `hidden_size`, `embedding_size` (of a token, and so of a prefix), `layers`,
+    `vocabulary`, `heads`, `kv_heads` and `head_size` (0 without attention), `longest` (positions, or None),
+    `feedforward`, `quantized` (by what method, or None), `tied` (embeddings) and `stored_bytes` of its weights (0 when
+    they are not here).
 
     Raises:
         ModelError: when there is no such model, or its folder is incomplete.
@@ -198,14 +223,16 @@ def describe(path: str) -> dict[str, Any]:
             "not: take a text-only sibling"
         )
     quantization = getattr(config, "quantization_config", None)
+    heads = getattr(config, "num_attention_heads", None) or 0
     return {
         "architecture": (config.architectures or [type(config).__name__])[0],
         "hidden_size": config.hidden_size,
+        "embedding_size": getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
         "layers": config.num_hidden_layers,
         "vocabulary": config.vocab_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_size": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_size": (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0,
         "longest": getattr(config, "max_position_embeddings", None),
         "feedforward": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "stored_bytes": _stored_bytes(folder),

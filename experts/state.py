@@ -95,8 +95,10 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def embedding_rms(policy: FrozenModel) -> float:
-    """Root mean square of the policy's token embeddings."""
-    return policy.model.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt().item()
+    """Root mean square of the policy's token embeddings as it reads them: Gemma's are scaled on their way in."""
+    tokens = torch.arange(policy.model.get_input_embeddings().weight.shape[0], device=policy.device)
+    squares = [policy.embed(some).double().pow(2).mean(dim=1) for some in tokens.split(8192)]
+    return torch.cat(squares).mean().sqrt().item()
 
 
 def build_router(config: RouterConfig, shape: RouterShape, policy: FrozenModel, seed: int = 0) -> nn.Module:

@@ -7,7 +7,6 @@ layer that is computed again reads the cache as it was before, and what it write
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from experts.kv_cache import one_layer
 from experts.loading import FrozenModel, ModelError
 from learner.token_logprobs import replaced_forward
 
@@ -53,33 +53,15 @@ def _checkpointed(
 
     count, inputs = len(args), dict(enumerate(args)) | kwargs
     caches = {key: value for key, value in inputs.items() if isinstance(value, Cache)}
-    before = {key: _snapshot(cache, index) for key, cache in caches.items()}
+    before = {key: one_layer(cache, index) for key, cache in caches.items()}
     written = caches if rows is None else {}
 
     def run(others: dict[Any, Any]) -> Any:
         # Into the real cache the first time alone, and it is not kept: it holds every layer's keys and values.
-        mine = dict(written) or {key: _snapshot(cache, index, rows) for key, cache in before.items()}
+        mine = dict(written) or {key: one_layer(cache, index, rows) for key, cache in before.items()}
         written.clear()
         everything = others | mine
         return forward(*[everything.pop(at) for at in range(count)], **everything)
 
     others = {key: value for key, value in inputs.items() if key not in caches}
     return checkpoint(run, others, use_reentrant=False, preserve_rng_state=False)
-
-
-def _snapshot(cache: Any, index: int, rows: Int[Tensor, " rows"] | None = None) -> Any:
-    """A cache that holds some rows of one layer's states alone; writing to it leaves the original as it is."""
-    taken = copy.copy(cache)
-    taken.layers = [_copied(layer) if at == index else None for at, layer in enumerate(cache.layers)]
-    if rows is not None:
-        taken.layers[index].batch_select_indices(rows)
-    return taken
-
-
-def _copied(layer: Any) -> Any:
-    """Attention layers replace their tensors; recurrent ones write into those of their dictionaries."""
-    taken = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, dict):
-            setattr(taken, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
-    return taken

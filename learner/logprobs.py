@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from experts.kv_cache import fewest_columns, new_cache, select_rows
 from experts.loading import FrozenModel
 from learner.activations import checkpointed
 from learner.token_logprobs import CHUNK, Head, TokenStatistics, token_statistics
@@ -55,32 +56,32 @@ def _hidden_states(
     checkpoint: bool,
 ) -> Float[Tensor, "rows tokens width"]:
     """What the logits of the rows' tokens are made from."""
-    from transformers import DynamicCache
-
     group = rows // (len(completions.tokens) // len(prompts.tokens))
     tokens = completions.tokens[rows]
-    cache = DynamicCache()
+    cache = new_cache(policy.model.config)
     with checkpointed(policy) if checkpoint else contextlib.nullcontext():
         first = head.hidden_states(
-            inputs_embeds=with_prefix(policy.embed(prompts.tokens), prefix, prompts),
+            **policy.inputs(prompts.tokens, with_prefix(policy.embed(prompts.tokens), prefix, prompts)),
             attention_mask=prompts.mask,
             position_ids=prompts.positions,
             past_key_values=cache,
             use_cache=True,
         )[group, -1:]
-    if tokens.shape[1] == 1:
+    given = tokens.shape[1] - 1
+    if not given:
         return first
+    read = max(given, fewest_columns(cache))
     if not checkpoint:
-        cache.batch_select_indices(group)
+        select_rows(cache, group)
     with checkpointed(policy, group) if checkpoint else contextlib.nullcontext():
         rest = head.hidden_states(
-            input_ids=tokens[:, :-1],
-            attention_mask=completions.mask[rows, :-1],
-            position_ids=completions.positions[rows, :-1],
+            input_ids=tokens[:, :read],
+            attention_mask=completions.mask[rows, : prompts.mask.shape[1] + read],
+            position_ids=completions.positions[rows, :read],
             past_key_values=cache,
             use_cache=True,
         )
-    return torch.cat([first, rest], dim=1)
+    return torch.cat([first, rest[:, :given]], dim=1)
 
 
 def distinct_rows(completions: CompletionBatch, groups: int) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " rows"]]:

@@ -203,17 +203,23 @@ class Arithmetic:
 
     def _atom(self, at: int) -> tuple[Fraction, int] | None:
         kind = self._kind(at)
-        if kind == "fraction":
-            return self._fraction(at)
         if kind == "open":
             return self._group(at)
-        if kind != "number":
-            return None
+        found = self._fraction(at) if kind == "fraction" else self._literal(at) if kind == "number" else None
+        if found is None or self._text(found[1]).lower() not in _TIMES:
+            return found
+        return _bounded(found[0] * _TIMES[self._text(found[1]).lower()]), found[1] + 1
+
+    def _literal(self, at: int) -> tuple[Fraction, int] | None:
+        """A number, a mixed number, or the fraction in front of a word such as "million"."""
         value, at = _literal(self.tokens[at].text), at + 1
-        if self._text(at).lower() in _TIMES:
-            return _bounded(value * _TIMES[self._text(at).lower()]), at + 1
         part = self._proper_part(at) if value.denominator == 1 else None
-        return (value, at) if part is None else (value + part[0], part[1])
+        if part is not None:
+            return value + part[0], part[1]
+        if [self._text(at), self._kind(at + 1)] == ["/", "number"] and self._text(at + 2).lower() in _TIMES:
+            divisor = _literal(self.tokens[at + 1].text)
+            return (value / divisor, at + 2) if divisor else None
+        return value, at
 
     def _proper_part(self, at: int) -> tuple[Fraction, int] | None:
         """The fraction of a mixed number, below 1: the 1/2 of 3 1/2."""

@@ -255,10 +255,10 @@ def send_batch(down: socket.socket, items: list[Item]) -> None:
 def _verdict(verifier: Verifier, completion: str | None, prompt: Prompt) -> tuple[Verdict, str]:
     """What a verifier says, and why if it says nothing.  Raises MemoryError alone, whatever the verifier raises."""
     try:
-        answer = verifier.answer if isinstance(verifier, WeightedSum) else verifier
-        kind, score, reason = _answer(answer, completion, prompt)
         if not isinstance(verifier, WeightedSum):
+            kind, score, reason = _answer(verifier, completion, prompt)
             return (kind, score, score), reason
+        kind, score, reason = _answer(verifier.answer, completion, prompt)
         reward, score = verifier.total(score, completion or "", prompt)
         if not math.isfinite(reward):
             return (Kind.FAILED, 0.0, 0.0), f"its terms add up to {reward}"
@@ -283,9 +283,13 @@ def _answer(verifier: Verifier, completion: str | None, prompt: Prompt) -> tuple
         if not isinstance(verifier, SelfTesting):
             raise
         return Kind.DOUBTFUL, 0.0, reason_of(error)
-    if not isinstance(score, Real) or not math.isfinite(number := float(score)):
-        raise ValueError(f"returned {score!a}, not a finite number")
-    return Kind.SCORE, number, ""
+    if type(score) is not float:  # isinstance with an abstract class takes as long as a cheap verifier
+        if not isinstance(score, Real):
+            raise ValueError(f"returned {score!a}, not a finite number")
+        score = float(score)
+    if not math.isfinite(score):
+        raise ValueError(f"returned {score}, not a finite number")
+    return Kind.SCORE, score, ""
 
 
 def reason_of(error: BaseException) -> str:

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any
@@ -15,60 +14,100 @@ from typing import Any
 import numpy as np
 import reasoning_gym
 from reasoning_gym.factory import DATASETS, create_curriculum, has_curriculum
-from reasoning_gym.utils import extract_answer
 
-from rewards.config import DataConfig, TaskConfig
-from rewards.prompts import prompt_of
-from rewards.verifiers import TextVerifier
-from rewards.verify import RewardsError, Verifier
+from rewards.config import TaskConfig
+from rewards.gym_scorers import COMPARISONS, FORMS, SCORERS, holds
+from rewards.readings import readings
+from rewards.verify import READING_ERRORS, RewardsError, Verifier
+from rewards.witnesses import witness
 from rollout.types import Prompt
 
-# Data sets whose scoring accepts any answer at all (bool("False") is True): only the gold answer itself is right.
-CREDULOUS = ("game_of_life_halting",)
+Generated = tuple[dict[str, Any], int | None]  # an entry, and the level of the task's curriculum that it is of
 _NO_NUMBER = re.compile(r"(?<![a-z])(nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
-# Data sets whose scoring raises on an answer that it cannot read; such an answer is wrong, not a failed verifier.
-UNREADABLE: dict[str, tuple[type[Exception], ...]] = {"prime_factorization": (ValueError,)}
+_EQUAL = 1e-9  # some data sets add the score of a right answer up from floats
+_NEARLY = 0.99
+_LONGEST = 20_000  # characters of an answer, or four times the gold answer's
 
 
 class GymVerifier:
-    """The data set's own scoring of a completion, or of what it puts between <answer> and </answer>."""
+    """The data set's own scoring of a completion's answer (see `readings`), where that is safe and exact.
+
+    A right answer scores 1.0: the gold answer itself, or one that the data set scores 1.  Where its scoring forgives,
+    `COMPARISONS` says instead what is right.  The score of a wrong answer is the data set's own shaped one, at most
+    .99, and 0 where that would call it right.  Where the data set evaluates answers, `SCORERS` score in its place.
+    """
 
     def __init__(self, task: str, dataset: str, config: dict[str, Any], level: int | None = None) -> None:
         self.task, self.dataset, self.config, self.level = task, dataset, config, level
         self._scorers: dict[int | None, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_scorers": {}}
+
+    def prepare(self) -> None:
+        """Builds the data set whose scoring is used."""
+        if self.dataset not in SCORERS:
+            self._scorer(self.level)
+
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """In [0, 1]; the best of what its readings score.
+
+        Raises:
+            READING_ERRORS: none of the readings can be read.
+        """
+        scores, failure = [0.0], None
+        for answer in readings(completion, prompt.payload["entry"]["answer"]):
+            try:
+                scores.append(self._score(answer, prompt))
+            except READING_ERRORS as error:
+                failure = failure or error
+            if scores[-1] == 1.0:
+                return 1.0
+        if failure is not None and len(scores) == 1:
+            raise failure
+        return max(scores)
+
+    def known_good(self, prompt: Prompt) -> str | None:
+        """The gold answer, or an answer of ours to an entry without one, in tags; None if none is known."""
+        entry = prompt.payload["entry"]
+        answer = witness(self.dataset, entry) if entry["answer"] is None else str(entry["answer"])
+        return None if answer is None else f"So it is <answer>{answer}</answer>"
+
+    def _score(self, answer: str, prompt: Prompt) -> float:
+        entry = prompt.payload["entry"]
+        gold = None if entry["answer"] is None else str(entry["answer"]).strip()
+        # min(1, nan) is 1 to Python, and some scores are made that way: no number is no answer.
+        if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(gold or ""):
+            return 0.0
+        if len(answer) > max(_LONGEST, 4 * len(gold or "")):
+            return 0.0
+        if self.dataset in FORMS and answer != gold and not holds(FORMS, self.dataset, answer, entry):
+            return 0.0
+        if self.dataset in SCORERS:
+            shaped = SCORERS[self.dataset](answer, entry)
+        else:
+            shaped = float(self._scorer(prompt.payload.get("level", self.level)).score_answer(answer, entry))
+        if answer == gold:
+            return 1.0
+        compared = self.dataset in COMPARISONS
+        if holds(COMPARISONS, self.dataset, answer, entry) if compared else shaped >= 1 - _EQUAL:
+            return 1.0
+        return min(_NEARLY, shaped) if 0.0 < shaped < 1 - _EQUAL else 0.0
 
     def _scorer(self, level: int | None) -> Any:
         if level not in self._scorers:
             self._scorers[level] = _create(self.task, self.dataset, seed=0, size=1, config=self.config, level=level)
         return self._scorers[level]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_scorers": {}}
-
-    def score(self, completion: str, prompt: Prompt) -> float:
-        """Reasoning Gym's score, in [0, 1]."""
-        tagged = extract_answer(completion)
-        answer = (completion if tagged is None else tagged).strip()
-        # min(1, nan) is 1 to Python, and some scores are made that way: no number is no answer.
-        if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(prompt.answer):
-            return 0.0
-        try:
-            scorer = self._scorer(prompt.payload.get("level", self.level))
-            return float(scorer.score_answer(answer, prompt.payload["entry"]))
-        except UNREADABLE.get(self.dataset, ()):
-            return 0.0
-
 
 def gym_verifier(task: TaskConfig) -> Verifier:
     """The data set's own scoring, or ours where that cannot be trusted."""
     assert task.dataset is not None
-    if task.dataset in CREDULOUS:
-        return TextVerifier()
     return GymVerifier(task.name, task.dataset, task.config, task.level)
 
 
-def gym_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
-    """`task.size` entries of the data set, generated from `data.seed`, repeats included.
+def generate(task: TaskConfig, seed: int) -> list[Generated]:
+    """`task.size` entries of the data set, repeats included, in this process, on whose hash seed some depend.
 
     Raises:
         RewardsError: unknown data set or setting, or settings that the data set refuses.
@@ -77,21 +116,17 @@ def gym_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
     if task.curriculum is not None:
         levels = task.curriculum.levels
         share = {"curriculum": None, "size": max(1, task.size // len(levels))}
-        by_level = {level: gym_entries(task.model_copy(update=share | {"level": level}), data) for level in levels}
-        return [replace(e, payload=e.payload | {"level": level}) for level, es in by_level.items() for e in es]
-    dataset = _create(task.name, task.dataset, seed=data.seed, size=task.size, config=task.config, level=task.level)
+        by_level = {level: generate(task.model_copy(update=share | {"level": level}), seed) for level in levels}
+        return [(entry, level) for level, entries in by_level.items() for entry, _ in entries]
+    dataset = _create(task.name, task.dataset, seed=seed, size=task.size, config=task.config, level=task.level)
     try:
-        with _global_draws(f"{data.seed}/{task.dataset}"):
-            entries = [dataset[index] for index in range(task.size)]
+        with _global_draws(f"{seed}/{task.dataset}"):
+            return [(dataset[index], None) for index in range(task.size)]
     except Exception as error:  # each of a hundred generators fails in its own way on settings it did not check
         raise RewardsError(
             f"task {task.name!r}: {task.dataset} cannot generate with config {task.config}: "
             f"{type(error).__name__}: {error}; change data.tasks' config"
         ) from error
-    return [
-        prompt_of(task, data, question=entry["question"], answer=_gold(entry), payload={"entry": entry})
-        for entry in entries
-    ]
 
 
 @contextmanager
@@ -105,11 +140,6 @@ def _global_draws(seed: str) -> Iterator[None]:
     finally:
         random.setstate(kept)
         np.random.set_state(kept_numpy)
-
-
-def _gold(entry: dict[str, Any]) -> str:
-    """The gold answer; empty where many answers are right and only the data set can tell."""
-    return "" if entry["answer"] is None else str(entry["answer"])
 
 
 def categories() -> dict[str, list[str]]:

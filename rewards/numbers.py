@@ -69,7 +69,7 @@ def first_number(part: str, mathematics: bool = False) -> Fraction | None:
         part = part[:_LONGEST_PART].rpartition(" ")[0]
     if plain := _PLAIN.fullmatch(part):
         return Fraction(int(plain[1]))
-    tokens = tokens_of(part)
+    tokens = _read(part)
     chains = _chains(tokens, _values(tokens, mathematics))
     return _unrivalled(tokens, chains, lambda kept, other: (kept, other))
 
@@ -77,7 +77,7 @@ def first_number(part: str, mathematics: bool = False) -> Fraction | None:
 def _last_number(line: str, mathematics: bool) -> Fraction | None:
     if plain := _PLAIN.fullmatch(line):
         return Fraction(int(plain[1]))
-    tokens = tokens_of(line)
+    tokens = _read(line)
     chains = _chains(tokens, _values(tokens, mathematics))
     return _unrivalled(tokens, chains[::-1], lambda kept, other: (other, kept))
 
@@ -91,7 +91,7 @@ def number(text: str, mathematics: bool = False) -> Fraction | None:
         return Fraction(int(plain[1]))
     if len(text) > _LONGEST_PART:
         return None
-    tokens = tokens_of(text)
+    tokens = _read(text)
     while tokens and tokens[-1].text == ".":
         tokens.pop()
     values = _values(tokens, mathematics)
@@ -151,15 +151,45 @@ def _values(tokens: Sequence[Token], mathematics: bool) -> list[_Value]:
         whole = not _bound_before(tokens, at) and not _bound_after(tokens, last, mathematics)
         unit = tokens[last].text if last < len(tokens) and tokens[last].kind == "word" else ""
         values.append(_Value(amount if whole else None, at, last, unit.lower()))
-        exponent = _exponent_length(tokens, last + 1) if unit and whole else 0
-        at = last + 1 + exponent if exponent else last
+        at = last
     return values
 
 
-def _exponent_length(tokens: Sequence[Token], at: int) -> int:
-    """Number of tokens of a unit's exponent: of ^2 in 18 cm^2."""
-    kinds = [token.kind for token in tokens[at : at + 4]]
-    return 2 if kinds[:2] == ["power", "number"] else 4 if kinds == ["power", "open", "number", "close"] else 0
+def _read(text: str) -> list[Token]:
+    """The tokens of a text; a unit with a divisor or an exponent behind a number is one word: km/h, cm^2, m/s^2."""
+    tokens = tokens_of(text)
+    found: list[Token] = []
+    at = 0
+    while at < len(tokens):
+        end = at + 1
+        if found and found[-1].kind in (*_ENDS, "fraction") and _names_unit(tokens[at]):
+            touches = found[-1].end == tokens[at].start and len(tokens[at].text) == 1
+            end = _unit_end(tokens, at, touches)
+        whole = "".join(token.text for token in tokens[at:end])
+        found.append(tokens[at]._replace(text=whole, end=tokens[end - 1].end))
+        at = end
+    return found
+
+
+def _unit_end(tokens: Sequence[Token], at: int, touches: bool) -> int:
+    """The first token behind a unit; no letter that touches its number has an exponent: 3m^2."""
+    end = at + 1
+    while end < len(tokens):
+        kinds = [token.kind for token in tokens[end : end + 4]]
+        exponent = 2 if kinds[:2] == ["power", "number"] else 4 if kinds == ["power", "open", "number", "close"] else 0
+        divided = tokens[end].text == "/" and end + 1 < len(tokens) and _names_unit(tokens[end + 1])
+        step = 2 if divided else 0 if touches else exponent
+        if not step:
+            break
+        end += step
+    return end
+
+
+def _names_unit(token: Token) -> bool:
+    word = token.text.lower()
+    if token.kind != "word" or word in _CONNECTORS | _PARTICLES | _HEDGES:
+        return False
+    return token.text in _LETTER_UNITS if len(word) == 1 else not set(word) <= _VARIABLES and word not in _FUNCTIONS
 
 
 def _starts(tokens: Sequence[Token], at: int) -> bool:
@@ -226,6 +256,8 @@ def _is_unit(tokens: Sequence[Token], at: int, touches: bool) -> bool:
     """Whether a word behind a number is a unit or plain text, and no variable or function."""
     word = tokens[at].text
     following = tokens[at + 1] if at + 1 < len(tokens) else None
+    if not word.isalpha():
+        return "/" in word or "^" in word or "'" in word
     if len(word) > 1:
         variables = len(word) < 4 and set(word) <= (_VARIABLES if touches else _UNKNOWNS)
         return not variables and word.lower() not in _FUNCTIONS

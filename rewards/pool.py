@@ -113,14 +113,20 @@ class ScoringProcess:
                     f"the process that scores {self._zygote.names} ends before it has read what to score: "
                     "can it import what the prompts' payloads hold?"
                 )
-            for i, outcome in zip(waiting, answered, strict=False):
-                found[i], task = outcome, items[i][0]
-                late[task] = late[task] + 1 if outcome.score.status is RewardStatus.TIMEOUT else 0
-            waiting = waiting[len(answered) :]
-            hopeless = {task for task, count in late.items() if count >= LATE_IN_A_ROW}
-            not_tried = Outcome(_masked(RewardStatus.TIMEOUT, f"{self._late}, {NOT_ASKED}"))
-            found |= {i: not_tried for i in waiting if items[i][0] in hopeless}
-            waiting = [i for i in waiting if i not in found]
+            found |= zip(waiting, answered, strict=False)
+            done, waiting = waiting[: len(answered)], waiting[len(answered) :]
+            if not waiting:
+                break
+            # Only the last one can be late: it ended the process.
+            is_late = bool(answered) and answered[-1].score.status is RewardStatus.TIMEOUT
+            for task in {items[i][0] for i in (done[:-1] if is_late else done)}:
+                late[task] = 0
+            if is_late:
+                late[task := items[done[-1]][0]] += 1
+                if late[task] >= LATE_IN_A_ROW:
+                    not_tried = Outcome(_masked(RewardStatus.TIMEOUT, f"{self._late}, {NOT_ASKED}"))
+                    found |= {i: not_tried for i in waiting if items[i][0] == task}
+                    waiting = [i for i in waiting if i not in found]
         return [found[i] for i in range(len(items))]
 
     def _judge_until_replaced(self, items: list[Item]) -> list[Outcome]:
@@ -214,16 +220,17 @@ class ScoringProcess:
         return self._board.at() == before
 
     def _outcomes(self, count: int, reasons: Mapping[int, str]) -> list[Outcome]:
-        """Of the first so many items, as far as they have one; equal ones are one object."""
-        known: dict[tuple[Verdict, str], Outcome] = {}
+        """Of the first so many items, as far as they have one; equal scores are one object."""
+        known: dict[Verdict, Outcome] = {}
         outcomes: list[Outcome] = []
         for index, verdict in enumerate(self._board.verdicts(count)):
-            key = verdict, reasons.get(index, "")
-            outcome = known.get(key)
+            outcome = known.get(verdict)
             if outcome is None:
                 if not is_verdict(verdict):
                     break
-                outcome = known[key] = _outcome(*key)
+                outcome = _outcome(verdict, reasons.get(index, ""))
+                if verdict[0] == Kind.SCORE:
+                    known[verdict] = outcome
             outcomes.append(outcome)
         return outcomes
 

@@ -12,6 +12,7 @@ from typing import Any
 from rewards.composed import composed_entries
 from rewards.config import DataConfig, TaskConfig
 from rewards.files import file_entries, hub_entries
+from rewards.generation import gym_entries, one_generator
 from rewards.numbers import NumberVerifier
 from rewards.splits import SPLITS, Balance, Split, check_disjoint, split_of, split_text, within
 from rewards.verifiers import with_settings
@@ -63,9 +64,11 @@ def build_tasks(data: DataConfig) -> dict[str, Task]:
         for part in task.compose or ():
             if part not in by_name:
                 raise RewardsError(f"task {task.name!r} composes {part!r}, a category: name one of its data sets")
-    for task in tasks:
-        if task.compose is None:
-            sources[task.name] = _source(task, data)
+    with one_generator():
+        # What takes long comes last, so that nobody waits for it to see a wrong path.
+        for task in sorted(tasks, key=lambda task: task.dataset is not None):
+            if task.compose is None:
+                sources[task.name] = _source(task, data)
     for task in tasks:
         if task.compose is not None:
             for part in task.compose:
@@ -88,7 +91,8 @@ def all_entries(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verif
         entries, verifier = _source(task, data)
     else:
         by_name = {other.name: other for other in data.tasks}
-        parts = [(by_name[part], _source(by_name[part], data)[0]) for part in task.compose]
+        with one_generator():
+            parts = [(by_name[part], _source(by_name[part], data)[0]) for part in task.compose]
         entries, verifier = composed_entries(task, data, parts), ExactInteger()
     return entries, with_settings(task, verifier)
 
@@ -141,9 +145,10 @@ def _expanded(task: TaskConfig) -> list[TaskConfig]:
 
 def _source(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verifier]:
     if task.dataset is not None:
-        from rewards.gym import gym_entries, gym_verifier  # two seconds to import; files and plug-ins do without
+        entries = gym_entries(task, data)
+        from rewards.gym import gym_verifier  # two seconds to import; files and plug-ins do without
 
-        return gym_entries(task, data), gym_verifier(task)
+        return entries, gym_verifier(task)
     if task.path is not None:
         return file_entries(task, data), NumberVerifier()
     if task.hub is not None:

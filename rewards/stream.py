@@ -86,38 +86,47 @@ class PromptStream:
         """The present level of every task that has a curriculum."""
         return {name: curriculum.level for name, curriculum in self._curricula.items()}
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this stream from others, as plain JSON data: a digest of every task's pools among it."""
+        tasks = {name: {"turns": self._counts.get(name, 0), "pools": _digest(t)} for name, t in self._tasks.items()}
+        return {"seed": self._seed, "tasks": tasks}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint notes, as plain JSON data; the position is the reader's own business."""
-        return {
-            "seed": self._seed,
-            "curricula": {name: curriculum.state() for name, curriculum in self._curricula.items()},
-            "tasks": {
-                name: {"turns": self._counts.get(name, 0), "pools": _digest(t)} for name, t in self._tasks.items()
-            },
-        }
+        return self.identity() | {"curricula": {name: each.state() for name, each in self._curricula.items()}}
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Makes sure that this is the stream of a run that noted this `identity` (or `state`).
+
+        Raises:
+            RewardsError: naming what differs: the seed, the tasks or one task's share or prompts.
+        """
+        mine = self.identity()
+        if identity.get("seed") != mine["seed"]:
+            raise RewardsError(f"data.seed is {mine['seed']}, the run's was {identity.get('seed')}; take that")
+        theirs = identity.get("tasks", {})
+        if list(theirs) != list(mine["tasks"]):
+            raise RewardsError(f"data.tasks are {list(mine['tasks'])}, the run's were {list(theirs)}")
+        for name, noted in theirs.items():
+            if noted.get("turns") != mine["tasks"][name]["turns"]:
+                raise RewardsError(
+                    f"the weight of task {name!r} differs from the run's: take the data section of its config.yaml, or "
+                    "start a new run"
+                )
+            if noted.get("pools") != mine["tasks"][name]["pools"]:
+                raise RewardsError(
+                    f"the prompts of task {name!r} differ from the run's: put back its file, its plug-in or the "
+                    "version of Reasoning Gym, or start a new run (of runs without data.json, some data sets' prompts "
+                    "changed with PYTHONHASHSEED and come back with none)"
+                )
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, after making sure that this stream continues the one that noted it.
 
         Raises:
-            RewardsError: naming what differs: the seed, the tasks or one task's share or prompts.
+            RewardsError: see `check`.
         """
-        mine = self.state()
-        if state.get("seed") != mine["seed"]:
-            raise RewardsError(
-                f"data.seed is {mine['seed']}, the checkpoint's was {state.get('seed')}; resume with that"
-            )
-        theirs = state.get("tasks", {})
-        if list(theirs) != list(mine["tasks"]):
-            raise RewardsError(f"data.tasks are {list(mine['tasks'])}, the checkpoint's were {list(theirs)}")
-        for name, noted in theirs.items():
-            for key, meaning in (("turns", "weight"), ("pools", "prompts")):
-                if noted.get(key) != mine["tasks"][name][key]:
-                    raise RewardsError(
-                        f"the {meaning} of task {name!r} differ from the checkpoint's; "
-                        "resume with the data section of the run's config.yaml, or start a new run"
-                    )
-
+        self.check(state)
         for name, curriculum in self._curricula.items():
             curriculum.restore(state["curricula"][name])
 

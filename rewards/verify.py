@@ -57,6 +57,15 @@ class SelfTesting(Protocol):
         ...
 
 
+@runtime_checkable
+class Preparable(Protocol):
+    """A verifier that loads or builds something before it can score."""
+
+    def prepare(self) -> None:
+        """Does so, once for all processes that score."""
+        ...
+
+
 def integer(text: str) -> int | None:
     """The integer that `text` consists of, spaces around it allowed, or None."""
     stripped = text.strip()

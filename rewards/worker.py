@@ -138,6 +138,8 @@ class RewardWorker:
         if unknown := [task for task in tasks if task not in self._zygotes]:
             raise RewardsError(f"no verifier for task {unknown[0]!r}; there are {sorted(self._zygotes)}")
         processes = {task: self._process(task) for task in tasks}
+        if len(set(processes.values())) == 1:
+            return processes[tasks[0]].score(items)
         found: dict[int, Score] = {}
         for process in dict.fromkeys(processes.values()):
             places = [place for place, (task, _, _) in enumerate(items) if processes[task] is process]

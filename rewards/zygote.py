@@ -28,7 +28,7 @@ import psutil
 
 from rewards import child
 from rewards.child import Limits
-from rewards.verify import RewardsError, Verifier
+from rewards.verify import Preparable, RewardsError, Verifier
 
 START_S = 180.0  # a cold import of a large verifier library on a loaded machine stays well below this
 ANSWER_S = 60.0  # a fork takes milliseconds
@@ -168,6 +168,9 @@ def main(control_descriptor: int, payload: int) -> None:
         limits: Limits = pickle.load(file)
         try:
             verifiers: dict[str, Verifier] = pickle.load(file)
+            for verifier in verifiers.values():
+                if isinstance(verifier, Preparable):
+                    verifier.prepare()
         except Exception as error:  # noqa: BLE001 - any import can fail in any way; the owner reports it
             control.send(child.reason_of(error).encode(errors="replace"))
             return

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from experts.kv_cache import append_rows, drop_columns, new_cache, select_rows
 from experts.loading import FrozenModel
 from rollout.draws import draw_tokens
 from rollout.sequence import PrefixPosition, Tokens, lay_out_prompts, next_positions, with_prefix
@@ -211,8 +212,6 @@ class ContinuousBatch:
                 self._try([request], slots)
 
     def _read(self, requests: Sequence[_Request], slots: int) -> None:
-        from transformers import DynamicCache
-
         device = self.policy.device
         batch = lay_out_prompts(
             [request.tokens for request in requests], slots, self.policy.pad_id, self._position, device=device
@@ -221,9 +220,9 @@ class ContinuousBatch:
         embedded = with_prefix(
             self.policy.embed(batch.tokens), torch.stack(prefixes).to(device) if prefixes else None, batch
         )
-        cache = DynamicCache()
+        cache = new_cache(self.policy.model.config)
         out = self.policy.model(
-            inputs_embeds=embedded,
+            **self.policy.inputs(batch.tokens, embedded),
             attention_mask=batch.mask,
             position_ids=batch.positions,
             past_key_values=cache,
@@ -233,7 +232,7 @@ class ContinuousBatch:
         copies = torch.tensor(
             [at for at, request in enumerate(requests) for _ in range(request.decoding.samples)], device=device
         )
-        cache.batch_select_indices(copies)
+        select_rows(cache, copies)
         mask, logits = batch.mask[copies], out.logits[copies, -1]
         new = [
             _Row(request, sample, np.random.default_rng([how.seed, sample]), how.max_new_tokens)
@@ -241,8 +240,10 @@ class ContinuousBatch:
             for sample in range(how.samples)
         ]
         if self._rows:
-            cache, mask = joined(self._cache, self._mask, cache, mask)
-            logits = torch.cat([self._logits, logits])
+            append_rows(self._cache, cache)
+            length = max(mask.shape[1], self._mask.shape[1])
+            mask = torch.cat([pad(one, (length - one.shape[1], 0)) for one in (self._mask, mask)])
+            cache, logits = self._cache, torch.cat([self._logits, logits])
         self._cache, self._mask, self._logits = cache, mask, logits
         self._rows += new
 
@@ -256,12 +257,11 @@ class ContinuousBatch:
             return
         kept = torch.tensor(rows, device=self._mask.device)
         self._logits, self._mask = self._logits[kept], self._mask[kept]
-        self._cache.batch_select_indices(kept)
+        select_rows(self._cache, kept)
         first = int(self._mask.any(dim=0).int().argmax())
         if first:
             self._mask = self._mask[:, first:]
-            for layer in self._cache.layers:
-                layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
+            drop_columns(self._cache, first)
 
     def _forward(self, chosen: Int[Tensor, " rows"]) -> None:
         positions = next_positions(self._mask)
@@ -274,27 +274,6 @@ class ContinuousBatch:
             use_cache=True,
         )
         self._logits = out.logits[:, -1]
-
-
-def joined(one: Any, one_mask: Tensor, other: Any, other_mask: Tensor) -> tuple[Any, Tensor]:
-    """The rows of two caches as one, and their masks: the shorter one moves to the end, behind masked columns.
-
-    Keys carry their own positions, so that where they stand changes nothing.
-    """
-    from transformers import DynamicCache
-
-    length = max(one_mask.shape[1], other_mask.shape[1])
-
-    def behind(tensor: Tensor, mask: Tensor) -> Tensor:
-        return pad(tensor, (0, 0, length - mask.shape[1], 0))
-
-    cache = DynamicCache()
-    for index, (mine, theirs) in enumerate(zip(one.layers, other.layers, strict=True)):
-        keys = torch.cat([behind(mine.keys, one_mask), behind(theirs.keys, other_mask)])
-        values = torch.cat([behind(mine.values, one_mask), behind(theirs.values, other_mask)])
-        cache.update(keys, values, index)
-    masks = [pad(mask, (length - mask.shape[1], 0)) for mask in (one_mask, other_mask)]
-    return cache, torch.cat(masks)
 
 
 def choose(

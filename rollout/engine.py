@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from experts.adapter import adapter_arrays
-from experts.loading import FrozenModel, weights_sha256
+from experts.architectures import policy_refusal
+from experts.kv_cache import new_cache, select_rows
+from experts.loading import FrozenModel, ModelError, weights_sha256
 from experts.state import RouterSnapshot
 from rollout.continuous import ContinuousBatch, Decoding, Piece
 from rollout.draws import draw_tokens
@@ -93,11 +95,17 @@ class PolicyEngine(Protocol):
 
 
 class TransformersEngine:
-    """Batched sampling with a KV cache."""
+    """Batched sampling with a KV cache.
+
+    Raises:
+        ModelError: when the policy is of an architecture that would read a prefix wrongly.
+    """
 
     needs_uniforms = True
 
     def __init__(self, policy: FrozenModel, position: PrefixPosition) -> None:
+        if reason := policy_refusal(policy.model.config):
+            raise ModelError(f"model {policy.path!r} cannot be the policy: {reason}")
         self.policy = policy
         self.position: PrefixPosition = position
         self._adapter = ""
@@ -129,15 +137,13 @@ class TransformersEngine:
     def _generate(
         self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
     ) -> list[list[Completion]]:
-        from transformers import DynamicCache
-
         model, device = self.policy.model, self.policy.device
         slots = 0 if prefix is None else prefix.shape[1]
         batch = lay_out_requests(requests, slots, self.policy.pad_id, self.position, device)
         embedded = with_prefix(self.policy.embed(batch.tokens), prefix, batch)
-        cache = DynamicCache()
+        cache = new_cache(model.config)
         out = model(
-            inputs_embeds=embedded,
+            **self.policy.inputs(batch.tokens, embedded),
             attention_mask=batch.mask,
             position_ids=batch.positions,
             past_key_values=cache,
@@ -163,7 +169,7 @@ class TransformersEngine:
             # One number a pair: finding equal rows of a matrix is many times slower.
             distinct, rows = torch.unique(rows * logits.shape[-1] + chosen, return_inverse=True)
             parents, chosen = distinct // logits.shape[-1], distinct % logits.shape[-1]
-            cache.batch_select_indices(parents)
+            select_rows(cache, parents)
             mask = mask[parents]
             positions = next_positions(mask)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -235,7 +241,7 @@ class TransformersEngine:
 def lay_out_requests(
     requests: Sequence[Request], slots: int, pad_id: int, position: PrefixPosition, device: torch.device | str = "cpu"
 ) -> PromptBatch:
-    """See `lay_out_prompts`; the slots of requests without prefix are hidden."""
+    """See `lay_out_prompts`; requests without prefix have no slots."""
     shown = torch.tensor([request.open for request in requests])[:, None].expand(-1, slots)
     return lay_out_prompts([request.tokens for request in requests], slots, pad_id, position, shown, device)
 

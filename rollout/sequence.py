@@ -3,11 +3,12 @@
 Rollout, learner and zoo building all call this module, so that what is trained on is, to the last
 position id, what was sampled.  A batch is laid out as
 
-    front:      [slots][masked padding][prompt] | [completion][masked padding]
-    after_bos:  [first token][slots][masked padding][rest of the prompt] | [completion]...
+    front:      [masked padding][slots][prompt] | [completion][masked padding]
+    after_bos:  [masked padding][first token][slots][rest of the prompt] | [completion]...
 
-and a token's position id is the number of unmasked tokens before it, so that padding never shows:
-an engine without padding sees the same sequence.  "No prefix" means no slots at all.
+and a token's position id is the number of unmasked tokens before it.  A row without prefix has no slots: a closed
+row is [masked padding][prompt].  So every row is contiguous, and padding never shows, whether a model counts
+positions, or columns, as sliding windows, ALiBi and convolutions do: an engine without padding sees the same sequence.
 """
 
 from __future__ import annotations
@@ -21,29 +22,27 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+LAYOUT = 2  # version of the above; 1 had the padding between slots and prompt
 PrefixPosition = Literal["front", "after_bos"]
 Tokens = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts laid out behind (or around) the prefix's slots.
+    """Prompts laid out behind (or around) the prefix's slots; every row ends in the last column.
 
-    tokens: (batch, length) prompt tokens, padded as described above; the slots are not in it.
-    mask: (batch, slots + length) 1 where the policy attends.
-    positions: (batch, slots + length) position ids; masked columns hold 0.
-    head: how many token columns stand before the slots (0 or 1).
+    tokens: (batch, total) token ids; the pad id on padding and in slots.
+    mask: (batch, total) 1 where the policy attends.
+    positions: (batch, total) position ids; masked columns hold 0.
+    slot: (batch, total) which of the prefix's vectors stands in a column; -1 where none does.
+    slots: how many vectors a prefix has.
     """
 
-    tokens: Int[Tensor, "batch length"]
+    tokens: Int[Tensor, "batch total"]
     mask: Int[Tensor, "batch total"]
     positions: Int[Tensor, "batch total"]
+    slot: Int[Tensor, "batch total"]
     slots: int
-    head: int
-
-    def rows(self, index: slice) -> PromptBatch:
-        """Some of the prompts, in the same layout."""
-        return PromptBatch(self.tokens[index], self.mask[index], self.positions[index], self.slots, self.head)
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ def lay_out_prompts(
     slot_mask: Bool[Tensor, "batch slots"] | None = None,
     device: torch.device | str = "cpu",
 ) -> PromptBatch:
-    """Lays out a batch of prompts with `slots` prefix columns.
+    """Lays out a batch of prompts, each with as many of the `slots` as it shows.
 
-    slot_mask: False hides a row's slot (a closed gate, or a training document without a hint);
+    slot_mask: False leaves out a row's slot (a closed gate, or a training document without a hint);
         None shows all.
 
     Raises:
@@ -95,19 +94,19 @@ def lay_out_prompts(
     head = 1 if position == "after_bos" and slots else 0
     if head and min(lengths) == 1:
         raise ValueError("with router.prefix.position: after_bos every prompt needs at least two tokens")
-    longest = max(lengths)
-    tokens = np.full((len(prompts), longest), pad_id, dtype=np.int64)
-    real = np.zeros((len(prompts), longest), dtype=np.int64)
+    shown = np.ones((len(prompts), slots), bool) if slot_mask is None else slot_mask.cpu().numpy()
+    total = max(np.array(lengths) + shown.sum(axis=1))
+    tokens = np.full((len(prompts), total), pad_id, dtype=np.int64)
+    slot = np.full((len(prompts), total), -1, dtype=np.int64)
+    mask = np.zeros((len(prompts), total), dtype=np.int64)
     for row, prompt in enumerate(prompts):
-        start = longest - lengths[row] + head
-        tokens[row, start:], real[row, start:] = prompt[head:], 1
-        tokens[row, :head], real[row, :head] = prompt[:head], 1
-    token_mask = torch.from_numpy(real)
-    shown = (
-        torch.ones(len(prompts), slots, dtype=torch.int64) if slot_mask is None else slot_mask.to("cpu", torch.int64)
-    )
-    mask = torch.cat([token_mask[:, :head], shown, token_mask[:, head:]], dim=1).to(device)
-    return PromptBatch(torch.from_numpy(tokens).to(device), mask, running_positions(mask), slots, head)
+        own = np.flatnonzero(shown[row])
+        start = total - len(own) - lengths[row]
+        behind = start + head + len(own)
+        tokens[row, start : start + head], tokens[row, behind:] = prompt[:head], prompt[head:]
+        slot[row, start + head : behind], mask[row, start:] = own, 1
+    laid = [torch.from_numpy(array).to(device) for array in (tokens, mask, slot)]
+    return PromptBatch(laid[0], laid[1], running_positions(laid[1]), laid[2], slots)
 
 
 def lay_out_completions(prompts: PromptBatch, completions: Sequence[Sequence[Tokens]], pad_id: int) -> CompletionBatch:
@@ -137,9 +136,9 @@ def lay_out_completions(prompts: PromptBatch, completions: Sequence[Sequence[Tok
 
 
 def with_prefix(
-    embedded: Float[Tensor, "batch length width"], prefix: Float[Tensor, "batch slots width"] | None, batch: PromptBatch
+    embedded: Float[Tensor, "batch total width"], prefix: Float[Tensor, "batch slots width"] | None, batch: PromptBatch
 ) -> Float[Tensor, "batch total width"]:
-    """Puts the prefix into its slots between the prompt's embedded tokens.
+    """Puts the prefix into its slots among the layout's embedded tokens.
 
     Raises:
         ValueError: when the prefix does not have the layout's number of slots.
@@ -150,4 +149,5 @@ def with_prefix(
         raise ValueError(
             f"the layout has {batch.slots} slots, the prefix {None if prefix is None else prefix.shape[1]}"
         )
-    return torch.cat([embedded[:, : batch.head], prefix.to(embedded.dtype), embedded[:, batch.head :]], dim=1)
+    row, column = (batch.slot >= 0).nonzero(as_tuple=True)
+    return embedded.index_put((row, column), prefix.to(embedded.dtype)[row, batch.slot[row, column]])

@@ -24,7 +24,7 @@ from cluster.zoo import paths
 from experts.loading import load_frozen, weights_sha256
 
 WHOLE = ("config.yaml", "eval.jsonl", "summary.json")
-BESIDES = ("start.json",)  # not written by older versions
+BESIDES = ("start.json", "data.json")  # not written by older versions
 CURVES = ("step", "reward", "operations")  # of metrics.jsonl
 ROOT_LINE = re.compile(r"^root: .*$", re.MULTILINE)
 

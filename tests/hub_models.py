@@ -41,6 +41,7 @@ class HubModel:
         """As `experts.loading.describe` says it."""
         return {
             "hidden_size": self.width,
+            "embedding_size": self.width,
             "layers": self.layers,
             "heads": self.heads,
             "kv_heads": self.kv_heads,

@@ -16,7 +16,7 @@ from cluster.watch.results import LABELS
 from cluster.zoo import paths
 from experts.loading import load_frozen, weights_sha256
 from scripts.published import names, publish, restore, same_models
-from scripts.results import DATA, ROOT, SECTIONS, START, Section
+from scripts.results import DATA, NOTICE, PAGE, ROOT, SECTIONS, START, Section, with_notice
 from tests.models import make
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -126,6 +126,13 @@ def test_every_comparison_can_be_planned(section: Section) -> None:
     if section.tune:
         assert tuning(recipe, section.fixed, arms, section.tune).keys() == set(arms)
     assert {name for pair in section.pairs for name in pair} <= {arm.name for arm in arms} | {*LABELS.values(), START}
+
+
+def test_the_notice_stands_at_the_top_of_page_and_readme_and_is_written_with_the_page() -> None:
+    for page in (PAGE, ROOT / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        assert text.split("\n\n")[1] + "\n" == NOTICE and text.count(NOTICE) == 1
+        assert with_notice(text) == text == with_notice(text.replace(NOTICE, "").replace("\n\n\n", "\n\n"))
 
 
 def test_what_is_published_is_what_the_plans_say() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,14 @@ from rollout.types import Group
 REPLAY_TOLERANCE = 1e-3
 
 
-def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
-    """A run's configuration, folder, tasks, and its workers in this process."""
+def _open(
+    run: Path, saved_at: checkpoint.Checkpoint, console: Console
+) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
+    """A run's configuration, folder, tasks, and its workers in this process.
+
+    Raises:
+        ValueError: also when its prompts are no longer those that it was trained on.
+    """
     folder = RunFolder(run)
     saved = folder.saved_config()
     config = RunConfig.model_validate(
@@ -55,6 +62,8 @@ def _open(run: Path) -> tuple[RunConfig, RunFolder, dict[str, Task], Started]:
         paths.ensure(world)
     check_models(config)
     tasks = check_prompts(config, tasks, lambda note: None)
+    note = partial(console.print, highlight=False, soft_wrap=True)
+    folder.check_data(PromptStream(tasks, config.data), saved_at.driver, note)
     started = start_inline(config, {name: task.verifier for name, task in tasks.items()})
     started.fleet.asked = asked_by(config, tasks)
     return config, folder, tasks, started
@@ -92,7 +101,7 @@ def ablate_run(asked: Asked, console: Console) -> None:
     kind = RunFolder(asked.run).saved_config().router.kind
     if getattr(router_class(kind), "asks", "states") != "states":
         raise RunFolderError(f"{asked.run}: a collaborator of kind {kind} reads no states: there is nothing to ablate")
-    config, folder, tasks, started = _open(asked.run)
+    config, folder, tasks, started = _open(asked.run, saved, console)
 
     async def measure() -> Ablation:
         known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
@@ -132,7 +141,7 @@ def evaluate_run(asked: Asked, samples: int | None, console: Console) -> None:
         ValueError: as `Asked.checkpoint`.
     """
     saved = asked.checkpoint()
-    config, folder, tasks, started = _open(asked.run)
+    config, folder, tasks, started = _open(asked.run, saved, console)
     count = config.sampling.samples if samples is None else samples
 
     async def measure() -> tuple[str, Any, dict[str, float], dict[str, Any] | None]:
@@ -179,9 +188,10 @@ def replay_step(run: Path, step: int, console: Console) -> bool:
     missing = [s for s in range(before[-1] + 1, step + 1) if not groups.path_of(folder.groups, s).is_file()]
     if missing:
         raise RunFolderError(f"{run} has not kept the groups of step {missing[0]}: train with checkpoint.groups=true")
-    config, folder, tasks, started = _open(run)
+    saved = checkpoint.read_to_train(folder.checkpoints, before[-1])
+    config, folder, tasks, started = _open(run, saved, console)
     try:
-        loss, norm = _replay(config, folder, tasks, started, before[-1], step)
+        loss, norm = _replay(config, folder, tasks, started, saved, step)
     finally:
         started.fleet.close()
     met = math.isclose(norm, logged["router/grad_norm"], rel_tol=REPLAY_TOLERANCE)
@@ -194,13 +204,18 @@ def replay_step(run: Path, step: int, console: Console) -> bool:
 
 
 def _replay(
-    config: RunConfig, folder: RunFolder, tasks: dict[str, Task], started: Started, start: int, step: int
+    config: RunConfig,
+    folder: RunFolder,
+    tasks: dict[str, Task],
+    started: Started,
+    start: checkpoint.Checkpoint,
+    step: int,
 ) -> tuple[float, float]:
     stream, learner = PromptStream(tasks, config.data), started.fleet.learners[0].worker  # type: ignore[attr-defined]
     learner.replaying = True
-    learner.restore(checkpoint.read(folder.checkpoints, start).learner, 0)
+    learner.restore(start.learner, 0)
     loss = norm = 0.0
-    for number in range(start + 1, step + 1):
+    for number in range(start.step + 1, step + 1):
         kept: list[Group] = groups.read(folder.groups, number, stream.prompt)
         encoded = whole([stage.reference for stage in started.fleet.encode([group.prompt for group in kept])])
         denominators = global_denominators(kept, config.algorithm.constant_length)

@@ -18,6 +18,7 @@ from rich.text import Text
 from cluster.config import ConfigError, load
 from rewards.attack import CANARY, VERDICTS, Case, Finding, Tally, battery, known_good, shown
 from rewards.config import DataConfig, RewardsConfig, TaskConfig
+from rewards.generation import one_generator
 from rewards.gym import categories
 from rewards.pool import LATE_IN_A_ROW
 from rewards.sources import all_entries, build_tasks
@@ -51,7 +52,7 @@ def list_tasks(console: Console, category: str | None, as_json: bool) -> None:
     if category is not None and category not in known:
         raise ConfigError(f"Reasoning Gym has no category {category!r}: it has {', '.join(sorted(known))}")
     names = [(kind, name) for kind, members in sorted(known.items()) if category in (None, kind) for name in members]
-    with Progress(console=console, transient=True, disable=as_json) as progress:
+    with one_generator(), Progress(console=console, transient=True, disable=as_json) as progress:
         found = [_example(kind, name) for kind, name in progress.track(names, description="one example each")]
     if as_json:
         print(json.dumps([vars(example) for example in found], indent=1))

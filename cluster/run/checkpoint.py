@@ -22,6 +22,7 @@ from experts.config import RouterConfig
 from experts.state import RouterShape, RouterSnapshot, save_router
 from learner.engine import OptimizerState
 from learner.learner import LearnerState
+from rollout.sequence import LAYOUT
 from rollout.types import Group, Prompt
 
 FINISHED = "finished.jsonl.gz"
@@ -37,12 +38,14 @@ class Checkpoint:
 
     driver: the admission's state, the stream's, elapsed seconds and samples.
     finished: scored groups that wait for their update.
+    layout: of the sequences that it was trained on.
     """
 
     step: int
     learner: LearnerState
     driver: dict[str, Any]
     finished: Sequence[Group] = ()
+    layout: int = LAYOUT
 
 
 def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: RouterConfig, keep: int) -> Path:
@@ -55,8 +58,9 @@ def write(root: Path, checkpoint: Checkpoint, shape: RouterShape, router: Router
     (partial / "learner.json").write_text(json.dumps(meta, indent=2) + "\n")
     (partial / "driver.json").write_text(json.dumps(checkpoint.driver) + "\n")
     groups.write_file(partial / FINISHED, checkpoint.finished)
-    manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    (partial / "manifest.json").write_text(json.dumps({"step": checkpoint.step, "files": manifest}, indent=2) + "\n")
+    files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+    manifest = {"step": checkpoint.step, "layout": checkpoint.layout, "files": files}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     for old in steps(root)[1:-keep] if steps(root)[:1] == [0] else steps(root)[:-keep]:
@@ -99,7 +103,23 @@ def read(root: Path, step: int | None = None, prompt: Callable[[int, int | None]
     meta = json.loads((folder / "learner.json").read_text())
     learner = _unflatten(load_file(folder / "learner.safetensors"), meta)
     finished = groups.read_file(folder / FINISHED, prompt) if prompt else []
-    return Checkpoint(manifest["step"], learner, json.loads((folder / "driver.json").read_text()), finished)
+    driver = json.loads((folder / "driver.json").read_text())
+    return Checkpoint(manifest["step"], learner, driver, finished, manifest.get("layout", 1))
+
+
+def read_to_train(root: Path, step: int | None = None) -> Checkpoint:
+    """As `read`, for a run that goes on or is replayed.
+
+    Raises:
+        CheckpointError: also when the run's sequences were laid out otherwise: it would go on under another policy.
+    """
+    saved = read(root, step)
+    if saved.layout != LAYOUT:
+        raise CheckpointError(
+            f"{root.parent} was trained by a version that laid out prefix and prompt otherwise (layout {saved.layout}, "
+            f"this version's is {LAYOUT}): it cannot be resumed or replayed: start anew, or use that version"
+        )
+    return saved
 
 
 def _flatten(state: LearnerState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

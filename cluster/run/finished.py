@@ -57,6 +57,7 @@ def read(folder: Path, name: str | None = None) -> Run:
         operations_cold=_spent(steps, "experts_cold") if begun else 0.0,
         prompts=after.get("prompts", ""),
         frozen=_weights(config, summary),
+        pools=run.pools(),
     )
 
 

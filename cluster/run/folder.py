@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from cluster.config import RunConfig, is_url, parse
 from cluster.keys import changed_keys
 from cluster.run.mirror import Mirror
+from cluster.watch.logs import replace_file
+from rewards.stream import PromptStream
 
 NEEDED_BYTES = 256 * 2**20
 
@@ -28,6 +30,7 @@ class RunFolder:
     """Paths inside `runs/<name>/`, and the lock that refuses a second driver.
 
     mirror: the copy at the URL of the runs, if they have one.
+    replaced: where the run that is replaced waits until the new one has a checkpoint.  No run can have that name.
     """
 
     def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
@@ -37,9 +40,13 @@ class RunFolder:
         self.eval = path / "eval.jsonl"
         self.summary = path / "summary.json"
         self.start = path / "start.json"
+        self.data = path / "data.json"
         self.checkpoints = path / "checkpoints"
         self.groups = path / "groups"
         self.dead_letters = path / "dead_letters.jsonl"
+        self.replaced = path.with_name(f".{path.name}.replaced")
+        self._made = False  # by this start, and there is no checkpoint yet
+        self._replacing = False  # and so the copy is still that of the old run
         self._lock = FileLock(str(path) + ".lock")
         self._pushing = ThreadPoolExecutor(max_workers=1)  # one after the other
 
@@ -95,37 +102,103 @@ class RunFolder:
                 change what is computed, naming the keys; when the disk is full.
         """
         check_space(self.path.parent)
-        exists = self.path.exists() and any(self.path.iterdir())
-        if not exists and resume:
-            raise RunFolderError(f"{self.path} does not exist: nothing to resume; start without --resume")
-        if not exists:
+        if overwrite and self.mirror:
+            _refuse_foreign(self.mirror.url, self.mirror.config(), config.run)
+        if not self._there():
+            if resume:
+                raise RunFolderError(
+                    f"{self.path} does not exist: nothing to resume; start without --resume{self._leftover('; ')}"
+                )
             return
-        if overwrite and not self.config.is_file():
-            raise RunFolderError(
-                f"{self.path} is no run's folder (it has no config.yaml): not overwritten; move it away"
-            )
+        if overwrite and self.path.is_symlink():
+            raise RunFolderError(f"{self.path} is a link: not overwritten; remove the link, or give run=NAME")
+        if overwrite:
+            _refuse_foreign(self.path, self.config.read_bytes() if self.config.is_file() else b"", config.run)
         if not resume and not overwrite:
             raise RunFolderError(
-                f"{self.path} exists: continue it with --resume, replace it with --overwrite, or give run=NAME"
+                f"{self.path} exists: continue it with --resume, replace it with --overwrite, or give "
+                f"run=NAME{self._leftover('; ')}"
             )
         if resume and (keys := changed_keys(self.saved_config(), config)):
             raise RunFolderError(
                 f"{self.path} cannot be resumed with changed {', '.join(keys[:5])}: set them back or start anew"
             )
 
-    def prepare(self, config: RunConfig, overwrite: bool) -> None:
-        """Makes the folder and writes the configuration; call after `check`."""
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        if overwrite and self.mirror:
-            self.mirror.clear()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(config.as_yaml())
+    def _there(self) -> bool:
+        """Whether there is anything but an empty folder."""
+        return self.path.is_symlink() or self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()))
 
-    def withdraw(self) -> None:
-        """Removes the folder of a run that was refused after `prepare` and has not begun: its name is free again."""
-        if not self.start.exists() and not self.checkpoints.exists():
-            shutil.rmtree(self.path)
+    def _leftover(self, before: str) -> str:
+        if not self.replaced.is_dir():
+            return ""
+        return f"{before}{self.replaced} is the run that an interrupted --overwrite was to replace: move or delete it"
+
+    def note_leftover(self, note: Callable[[str], None]) -> None:
+        """Says where the run lies that an `--overwrite` which was killed before its first checkpoint had moved."""
+        if said := self._leftover(""):
+            note(said)
+
+    def logged(self) -> list[str]:
+        """Names of what only a run that has had a checkpoint writes, as far as it is there."""
+        files = (self.start, self.metrics, self.eval, self.dead_letters, self.summary)
+        found = [path.name for path in files if path.is_file() and path.stat().st_size]
+        return found + [self.groups.name] * (self.groups.is_dir() and any(self.groups.iterdir()))
+
+    def check_lost(self) -> None:
+        """Refuses to start anew where there is no checkpoint, and the logs say that there was one.
+
+        Raises:
+            RunFolderError: naming both.
+        """
+        there, logged = self.checkpoints.exists(), self.logged()
+        if logged or (there and not self.checkpoints.is_dir()):
+            raise RunFolderError(
+                f"{self.path} has {', '.join(logged) or 'no logs'}, and {self.checkpoints} "
+                f"{'holds no checkpoint' if there else 'is not there'}: put them back (is their disk mounted?), or "
+                "start anew with --overwrite or run=NAME"
+            )
+
+    def prepare(self, config: RunConfig, overwrite: bool) -> None:
+        """Makes the folder and writes the configuration; call after `check`.  What is replaced is moved aside."""
+        self._replacing = overwrite
+        if overwrite and self._there():
+            self._move_aside()
+        self._made = not self._there()
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_file(self.config, config.as_yaml().encode())
+
+    def _move_aside(self) -> None:
+        if self.replaced.exists() and not self.logged() and not any(self.checkpoints.glob("step-*")):
+            shutil.rmtree(self.path)  # of a start that was killed: what it was to replace still waits
+            return
+        try:
+            if self.replaced.exists():  # its successor has a checkpoint
+                shutil.rmtree(self.replaced)
+            self.path.rename(self.replaced)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path} cannot be moved aside: {error.strerror}: not overwritten; give run=NAME"
+            ) from error
+
+    def accept(self) -> None:
+        """The run has a checkpoint: what it replaces goes, here now and at the URL before anything is copied there."""
+        if self._replacing:
+            shutil.rmtree(self.replaced, ignore_errors=True)
+        if self._replacing and self.mirror:
+            self.mirror.replace()
+        self._made = self._replacing = False
+
+    def withdraw(self, refused: bool) -> None:
+        """Undoes `prepare` for a run that has ended without a checkpoint: what it was to replace is there again.
+
+        refused: its configuration was, so that its name is to be free again; else what replaces nothing stays.
+        """
+        waiting = self._replacing and self.replaced.is_dir()
+        if self._made and (refused or waiting):
+            shutil.rmtree(self.path, ignore_errors=True)
+        if waiting and not self._there():
+            self.replaced.rename(self.path)
+        self._made = False
 
     def saved_config(self) -> RunConfig:
         """The configuration the run was started with.
@@ -135,22 +208,19 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise RunFolderError(f"{self.path} is no run's folder: it has no config.yaml")
-        values = yaml.safe_load(self.config.read_text())
-        if isinstance(values, dict) and isinstance(algorithm := values.get("algorithm"), dict):
-            algorithm.setdefault("choice_after", 0)  # a version before this setting did not wait
-        return parse(values, str(self.config))
+        return _parsed(self.config.read_bytes(), str(self.config))
 
     def share(self, note: Callable[[str], None]) -> None:
         """Begins to bring the copy up to date, in a thread: nothing waits for storage while it trains.
 
         What fails is said and tried again the next time; the folder here is whole.
         """
-        if self.mirror is not None:
+        if self.mirror is not None and not self._replacing:
             self._pushing.submit(self._push, note)
 
     def shared(self, note: Callable[[str], None]) -> None:
         """Brings the copy up to date, and waits for it."""
-        if self.mirror is not None:
+        if self.mirror is not None and not self._replacing:
             self._pushing.submit(self._push, note).result()
 
     def _push(self, note: Callable[[str], None]) -> None:
@@ -171,6 +241,67 @@ class RunFolder:
     def costs_of_start(self) -> dict[str, float]:
         """What `write_start` wrote; nothing for a run of a version that did not."""
         return json.loads(self.start.read_text()) if self.start.is_file() else {}
+
+    def write_data(self, stream: PromptStream) -> None:
+        """Writes `data.json`: what tells the run's prompts from others."""
+        _write_whole(self.data, stream.identity())
+
+    def pools(self) -> dict[str, str]:
+        """A digest of every task's prompts, as `write_data` wrote it; nothing for a run of a version that did not."""
+        return {name: task["pools"] for name, task in (self._identity() or {"tasks": {}})["tasks"].items()}
+
+    def check_data(self, stream: PromptStream, saved: Mapping[str, Any], note: Callable[[str], None]) -> None:
+        """Makes sure that a run's prompts are still those that it was trained on.
+
+        Args:
+            saved: what a checkpoint's driver has noted, which tells of a run without `data.json`.
+
+        Raises:
+            RewardsError: naming what differs.
+        """
+        identity = self._identity()
+        if identity is None:
+            identity = saved.get("stream")
+            known = "those of its checkpoint are compared" if identity else "whether they are the same is not known"
+            note(f"{self.path} is of a version that kept no digests of its prompts (data.json): {known}")
+        if identity is not None:
+            stream.check(identity)
+
+    def _identity(self) -> dict[str, Any] | None:
+        if not self.data.is_file():
+            return None
+        try:
+            found = json.loads(self.data.read_text())
+            return {"seed": found["seed"], "tasks": dict(found["tasks"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{self.data} is damaged: delete it, and a checkpoint's digests count") from error
+
+
+def _parsed(text: bytes, where: str) -> RunConfig:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{where} is damaged: {' '.join(str(error).split())}") from error
+    if isinstance(values, dict) and isinstance(algorithm := values.get("algorithm"), dict):
+        algorithm.setdefault("choice_after", 0)  # a version before this setting did not wait
+    return parse(values, where)
+
+
+def _refuse_foreign(place: Path | str, config: bytes | None, run: str) -> None:
+    """Refuses to replace what is no run of this name.
+
+    config: what is in its config.yaml; nothing where there is none, None where nothing is there at all.
+    """
+    if config is None:
+        return
+    if not config:
+        raise RunFolderError(f"{place} is no run's folder (it has no config.yaml): not overwritten; move it away")
+    try:
+        name = _parsed(config, "its config.yaml").run
+    except ValueError as error:
+        raise RunFolderError(f"{place} is no run's folder ({error}): not overwritten; move it away") from error
+    if name != run:
+        raise RunFolderError(f"{place} is not overwritten: its config.yaml is of a run {name!r}; move it away")
 
 
 def _write_whole(path: Path, values: Mapping[str, Any]) -> None:

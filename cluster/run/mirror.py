@@ -33,11 +33,19 @@ class Mirror:
         except (ImportError, ValueError, OSError) as error:
             raise ConfigError(f"root: {root} cannot be opened: {error}") from error
         self._known: dict[str, tuple[int, int]] = {}
+        self._replaces = False
 
     def exists(self) -> bool:
         """Whether there is a copy."""
         with self._opened():
             return bool(self._files.exists(f"{self._place}/config.yaml"))
+
+    def config(self) -> bytes | None:
+        """What is in the copy's config.yaml; nothing where there is none, None where nothing is there at all."""
+        with self._opened():
+            if self._files.exists(f"{self._place}/config.yaml"):
+                return bytes(self._files.cat_file(f"{self._place}/config.yaml"))
+            return b"" if self._files.exists(self._place) and self._files.find(self._place) else None
 
     def check(self) -> None:
         """Refuses a URL that cannot be written, before anything expensive starts.
@@ -73,6 +81,8 @@ class Mirror:
 
     def push(self) -> int:
         """Copies what has changed, a checkpoint's manifest last, and removes what is gone.  How many files."""
+        if self._replaces:
+            self._clear()
         here = self._here()
         changed = [name for name, stamp in here.items() if self._known.get(name) != stamp]
         for name in sorted(changed, key=lambda name: (name.endswith(LAST), name)):
@@ -87,11 +97,18 @@ class Mirror:
         self._known = here
         return len(changed)
 
-    def clear(self) -> None:
-        """Removes the copy."""
+    def replace(self) -> None:
+        """The copy is of another run, which goes before anything is copied the next time."""
+        self._replaces = True
+
+    def _clear(self) -> None:
+        """Removes the copy; first what makes its checkpoints exist, for nobody is to go on from half of it."""
         if self._files.exists(self._place):
+            for name in self._files.find(self._place):
+                if name.endswith(LAST):
+                    self._files.rm_file(name)
             self._files.rm(self._place, recursive=True)
-        self._known = {}
+        self._known, self._replaces = {}, False
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from cluster.run.asked import answer_tokens
 from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
 from cluster.zoo import paths as zoo
+from experts.architectures import check_policy
 from experts.config import EngineConfig, ExpertConfig
 from experts.loading import ModelError, check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
@@ -73,6 +74,8 @@ def check_models(config: RunConfig) -> None:
         try:
             described[key] = describe(model_path(reference))
             check_end_token(model_path(reference))
+            if key == "policy.model":
+                check_policy(model_path(reference), config.policy.engine)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
     for key, engine in config.engines().items():
@@ -206,7 +209,7 @@ def _check_vllm(key: str, config: EngineConfig, model: Mapping[str, Any]) -> Non
 def _check_widths(config: RunConfig, folder: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
     """A saved router must be as wide as the models it shall serve."""
     saved = json.loads((folder / "router.json").read_text())
-    width = models["policy.model"]["hidden_size"]
+    width = models["policy.model"]["embedding_size"]
     if saved["policy"]["width"] != width:
         raise ConfigError(
             f"router.init: {config.router.init} makes prefixes of width {saved['policy']['width']}, and "
@@ -217,8 +220,9 @@ def _check_widths(config: RunConfig, folder: Path, models: Mapping[str, Mapping[
         order = saved_experts(folder)
         reading.sort(key=lambda item: order.index(item[1].name))
     for (index, expert), was in zip(reading, saved["experts"], strict=False):
-        width = models[f"experts.{index}.model"]["hidden_size"]
-        if was["width"] != width:
+        facts = models[f"experts.{index}.model"]
+        width = facts["hidden_size"]
+        if was["width"] not in (width, facts["embedding_size"]):
             raise ConfigError(
                 f"router.init: {config.router.init} reads states of width {was['width']} from expert {was['name']}, "
                 f"and experts.{index}.model {expert.model} is {width} wide"

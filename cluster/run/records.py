@@ -115,6 +115,7 @@ class Records:
         kept = checkpoint.Checkpoint(step, learner, driver, finished)
         with naming(self.folder.checkpoints):
             checkpoint.write(self.folder.checkpoints, kept, self.shape, self.config.router, self.config.checkpoint.keep)
+        self.folder.accept()
         self.folder.share(self.watch.note)
 
     async def validate(self, step: int, router: Reference) -> None:

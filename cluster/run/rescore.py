@@ -131,7 +131,8 @@ def rescore_run(
     _check_tasks(saved.data, settings.data)
     wanted = _steps(folder, steps)
     stream, tasks = _stream(saved)
-    _check_stream(folder, stream)
+    driver = checkpoint.read(folder.checkpoints).driver if checkpoint.steps(folder.checkpoints) else {}
+    folder.check_data(stream, driver, Console(stderr=True).print)
     others, other_tasks = (stream, tasks) if settings.data == saved.data else _stream(settings)
     rewards = settings.rewards if timeout_s is None else settings.rewards.model_copy(update={"timeout_s": timeout_s})
     worker = RewardWorker({name: task.verifier for name, task in other_tasks.items()}, rewards)
@@ -218,12 +219,6 @@ def _stream(config: RunConfig) -> tuple[PromptStream, dict[str, Task]]:
             paths.ensure(world)
         tasks = check_prompts(config, tasks, lambda note: None)
     return PromptStream(tasks, config.data), tasks
-
-
-def _check_stream(folder: RunFolder, stream: PromptStream) -> None:
-    """Makes sure that the prompts made here are those that the run was trained on, as far as a checkpoint says."""
-    if checkpoint.steps(folder.checkpoints):
-        stream.restore(checkpoint.read(folder.checkpoints).driver["stream"])
 
 
 def _read(folder: RunFolder, step: int, stream: PromptStream) -> list[Group]:

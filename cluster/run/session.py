@@ -117,13 +117,16 @@ class Session:
     ) -> Outcome:
         fleet = started.fleet
         records = Records(self.config, self.folder, self.watch, started.shape)
-        # A run that was killed before its first checkpoint starts anew, with what is left in its logs cut away.
-        records.cut_back(resumed.step if resumed else 0)
+        costs = None
         if resumed is None:
-            self.folder.write_start(await start_router(self.config, started, self.stream, self.console))
+            costs = await start_router(self.config, started, self.stream, self.console)
+        else:
+            records.cut_back(resumed.step)
         driver = await make_driver(self.config, fleet, self.stream, records, self.watch.note, resumed)
-        if resumed is None:
+        if costs is not None:
             await driver.save()
+            # After it: a run that has logged anything has had a checkpoint, and without one it is not started anew.
+            self.folder.write_start(costs)
         monitor = self._monitor(driver, records)
         leaving.callback(records.close)
         async with monitor.watching():

@@ -14,6 +14,7 @@ from cluster.run.preflight import check_jail, check_models, check_names, check_p
 from cluster.run.session import Session
 from cluster.zoo import paths
 from rewards.sources import build_tasks
+from rewards.stream import PromptStream
 
 
 def started_before(config: RunConfig) -> bool:
@@ -34,25 +35,38 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         if not overwrite:
             folder.fetch()
         folder.check(config, resume, overwrite)
-        if resume and checkpoint.steps(folder.checkpoints):
-            checkpoint.read(folder.checkpoints)
+        saved = _saved(folder) if resume else None
+        note = partial(console.print, highlight=False, soft_wrap=True)
+        if not overwrite:
+            folder.note_leftover(note)
         with console.status("making the tasks' prompts"):
             tasks = build_tasks(config.data)
-        say = partial(console.print, highlight=False)
-        check_jail(config, tasks, say)
+        check_jail(config, tasks, note)
         for world in sorted(paths.worlds_named_by(config.models().values())):
             paths.ensure(world)
         check_models(config)
         if not resume:
             check_start(config)
-        tasks = check_prompts(config, tasks, say)
-        folder.prepare(config, overwrite)
+        tasks = check_prompts(config, tasks, note)
+        stream = PromptStream(tasks, config.data)
+        if saved is not None:
+            folder.check_data(stream, saved.driver, note)
         try:
+            folder.prepare(config, overwrite)
+            folder.write_data(stream)
             return asyncio.run(Session(config, folder, tasks, console).run()).status
-        except ConfigError:
-            folder.withdraw()
+        except BaseException as error:
+            folder.withdraw(refused=isinstance(error, ConfigError))
             raise
         finally:
             folder.shared(console.print)
     finally:
         folder.unlock()
+
+
+def _saved(folder: RunFolder) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from; None for a run that was killed before its first one."""
+    if not checkpoint.steps(folder.checkpoints):
+        folder.check_lost()
+        return None
+    return checkpoint.read_to_train(folder.checkpoints)

@@ -40,6 +40,7 @@ class Run:
         seeds.
     prompts: a hash of those that it was measured on; empty in runs that did not write one.
     frozen: a hash of each model's weights, by what the configuration calls it.
+    pools: a hash of each task's prompts, those for training among them; empty in runs that did not write any.
     train_s: seconds of its training, the start of the router included.
     operations, operations_cold: floating-point operations of that, and what they would be without a cache of the
         experts' features; 0 where they are not known.
@@ -57,6 +58,7 @@ class Run:
     operations_cold: float = 0.0
     prompts: str = ""
     frozen: Mapping[str, str] = field(default_factory=dict)
+    pools: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,14 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Arm]:
     """The arms in the order of their first runs; the first is what the others are compared with.
 
     Raises:
-        ComparisonError: when runs answered different prompts, an arm has a seed twice, or an arm shares no seed with
-            the first.
+        ComparisonError: when runs answered different prompts or had other models or training prompts than their
+            settings say, an arm has a seed twice, or an arm shares no seed with the first.
     """
     counts = {tuple((task, len(given)) for task, given in sorted(run.outcomes.items())) for run in runs}
     if len(counts) > 1 or len({run.prompts for run in runs} - {""}) > 1:
         raise ComparisonError("the runs answered different held-out prompts: compare runs of equal data and evaluation")
     _same_models(runs)
+    _same_pools(runs)
     arms: dict[str, dict[int, Run]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
         if run.seed in (mine := arms.setdefault(label, {})):
@@ -195,6 +198,33 @@ def _same_models(runs: Sequence[Run]) -> None:
                 raise ComparisonError(
                     f"{other.folder} and {run.folder} had different weights of {model}: compare runs of the same models"
                 )
+
+
+def _same_pools(runs: Sequence[Run]) -> None:
+    """Refuses runs that had other prompts though nothing in their settings says so.
+
+    Which prompts are too long is for the policy to say: those of another policy may be others.
+    """
+    known: dict[str, Run] = {}
+    for run in runs:
+        if not run.pools:
+            continue
+        said = {key: value for key, value in run.settings.items() if key.startswith("data.") or key == "policy.model"}
+        other = known.setdefault(json.dumps(said, sort_keys=True), run)
+        for task, digest in run.pools.items():
+            if other.pools.get(task) != digest:
+                raise ComparisonError(
+                    f"{other.folder} and {run.folder} have equal data sections and other prompts of task {task!r} (a "
+                    "file, a plug-in or Reasoning Gym has changed in between): train one of them again"
+                )
+
+
+def without_pools(runs: Sequence[Run]) -> str:
+    """What to say of runs that kept no digests of their prompts; empty where all did."""
+    old = list(dict.fromkeys(str(run.folder) for run in runs if not run.pools))
+    if not old:
+        return ""
+    return f"{', '.join(old)}: of a version that kept no data.json; whether training prompts were the same is not known"
 
 
 def crossed(outcomes: Sequence[Mapping[str, Sequence[float]]], column: str, seed: int = 0, lowest: float = 0.0) -> Cell:

@@ -75,14 +75,14 @@ def answer_logits(
 ) -> Float[Tensor, "batch length vocabulary"]:
     """Logits of the token that follows the prompt, and of each further completion token.
 
-    gap: (batch,) added to every position behind the slots.
+    gap: (batch,) added to every position behind the slots, which stand in front.
     """
     embed = model.get_input_embeddings()
     given = completions.tokens[:, :-1]
     inputs = torch.cat([with_prefix(embed(prompts.tokens), prefix, prompts), embed(given)], dim=1)
     positions = torch.cat([prompts.positions, completions.positions[:, :-1]], dim=1)
     if gap is not None:
-        behind = (torch.arange(positions.shape[1]) >= prompts.slots).long()
+        behind = torch.cat([prompts.slot < 0, torch.ones_like(given, dtype=torch.bool)], dim=1)
         positions = positions + gap[:, None] * behind
     total = prompts.mask.shape[1]
     mask = completions.mask[:, : total + given.shape[1]]

@@ -11,8 +11,13 @@ import yaml
 from rich.console import Console
 
 from cluster import cli
+from cluster.config import ConfigError, load
+from cluster.run.recovery import RunError
+from cluster.run.session import Outcome, Session
+from cluster.run.training import train
 from tests.e2e.conftest import Runs
 from tests.models import make
+from tests.pipeline.test_mirror import contents
 
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
@@ -52,9 +57,6 @@ def test_bad_values_are_refused(
 
 
 def test_a_run_that_its_cluster_refuses_leaves_its_name_free(runs: Runs) -> None:
-    from cluster.config import ConfigError, load
-    from cluster.run.training import train
-
     config = load(runs.recipe, ["execution=ray", "policy.gpus=1"])
     with pytest.raises(ConfigError, match=r"ask for 1 GPUs .* and the cluster has 0"):
         train(config, resume=False, overwrite=False, console=Console(quiet=True))
@@ -77,8 +79,6 @@ def test_a_resume_that_would_change_what_is_computed_is_refused(
 ) -> None:
     folder = runs.folder / "runs" / "run"
     folder.mkdir(parents=True)
-    from cluster.config import load
-
     (folder / "config.yaml").write_text(load(runs.recipe).as_yaml())
     assert "sampling.temperature" in refused(
         capsys, monkeypatch, "train", str(runs.recipe), "sampling.temperature=0.5", "--resume"
@@ -139,3 +139,55 @@ def test_the_quickstart_recipe_fits_one_screen_and_is_synchronous() -> None:
     text = Path("configs/quickstart.yaml").read_text()
     assert len(text.splitlines()) <= 40
     assert yaml.safe_load(text)["max_staleness"] == 0
+
+
+@pytest.mark.parametrize("how", ["--resume", "--auto-resume"])
+@pytest.mark.parametrize("lost", ["missing", "empty", "a file", "without a manifest"])
+def test_lost_checkpoints_are_refused_and_nothing_is_truncated(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str, lost: str
+) -> None:
+    folder = runs.folder / "runs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(load(runs.recipe).as_yaml())
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "eval.jsonl").write_text('{"step": 0, "kind": "before"}\n')
+    checkpoints = folder / "checkpoints"
+    if lost == "a file":
+        checkpoints.write_text("")
+    elif lost != "missing":
+        checkpoints.mkdir()
+    if lost == "without a manifest":
+        (checkpoints / "step-000004").mkdir()
+        (checkpoints / "step-000004" / "router.safetensors").write_text("")
+    before = contents(folder)
+    said = refused(capsys, monkeypatch, "train", str(runs.recipe), how)
+    assert "metrics.jsonl, eval.jsonl" in said and str(checkpoints) in said and "--overwrite or run=NAME" in said
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("ends", [ConfigError("no"), RunError("no"), OSError(28, "no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_run_that_ends_before_its_first_checkpoint_has_replaced_nothing(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, ends: BaseException, overwrite: bool
+) -> None:
+    folder = runs.folder / "runs" / "run"
+    if overwrite:
+        (folder / "checkpoints" / "step-000004").mkdir(parents=True)
+        (folder / "config.yaml").write_text(load(runs.recipe, ["steps=9"]).as_yaml())
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = contents(folder)
+
+    async def end(session: Session) -> Outcome:
+        assert sorted(contents(folder)) == ["config.yaml", "data.json"]
+        raise ends
+
+    monkeypatch.setattr(Session, "run", end)
+    with pytest.raises(type(ends)):
+        train(load(runs.recipe), resume=False, overwrite=overwrite, console=Console(quiet=True))
+    if overwrite or isinstance(ends, ConfigError):
+        assert contents(folder) == before
+    else:
+        with pytest.raises(type(ends)):  # it has logged nothing, and may begin anew
+            train(load(runs.recipe), resume=True, overwrite=False, console=Console(quiet=True))
+        assert sorted(contents(folder)) == ["config.yaml", "data.json"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["run"] * folder.exists() + ["run.lock"]

@@ -19,9 +19,11 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     OPTConfig,
+    Qwen3_5TextConfig,
 )
 
 import learner.gradient
@@ -44,16 +46,19 @@ SAME = 1e-9  # in float64
 SHAPE: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0}
 GROUPED = SHAPE | {"num_key_value_heads": 2}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 # Every way from hidden states to logits that there is: capped, divided, multiplied, a decoder in a decoder, and
-# one that transformers' `get_decoder` does not find.
+# one that transformers' `get_decoder` does not find; windows, convolutions and recurrent states in the cache.
 CONFIGS = {
     "llama": LlamaConfig(**GROUPED),
-    "gemma2": Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0, sliding_window=64),
+    "gemma2": Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0, sliding_window=4),
     "granite": GraniteConfig(**GROUPED, logits_scaling=3.0),
     "cohere": CohereConfig(**GROUPED, logit_scale=0.3),
     "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
     "opt": OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, init_std=0.2),
     "llama4": Llama4TextConfig(**GROUPED, head_dim=8, intermediate_size_mlp=48, num_local_experts=1),
+    "lfm2": Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+    "qwen3_5": Qwen3_5TextConfig(**GROUPED, **DELTA, layer_types=["linear_attention", "full_attention"]),
 }
 every_head = pytest.mark.parametrize("family", CONFIGS)
 

@@ -41,6 +41,7 @@ def ran(root: Path, *missing: str) -> Path:
         "metrics.jsonl": "".join(json.dumps({"step": step, **STEP}) + "\n" for step in (1, 2)),
         "summary.json": json.dumps({"samples": 64, "train_wall_s": 100.0, "frozen": []}),
         "start.json": json.dumps(START),
+        "data.json": json.dumps({"seed": 1, "tasks": {"composed": {"turns": 1, "pools": "digest"}}}),
     }
     for name, text in texts.items():
         if name not in missing:
@@ -62,6 +63,11 @@ def test_a_run_costs_what_its_start_and_its_steps_did(tmp_path: Path) -> None:
 def test_without_the_costs_of_the_start_those_of_the_run_are_not_known(tmp_path: Path) -> None:
     run = finished.read(ran(tmp_path, "start.json"))
     assert (run.train_s, run.operations, run.operations_cold) == (100.0, 0.0, 0.0)
+
+
+def test_its_prompts_digests_are_read_and_a_run_of_before_has_none(tmp_path: Path) -> None:
+    assert finished.read(ran(tmp_path / "now")).pools == {"composed": "digest"}
+    assert finished.read(ran(tmp_path / "before", "data.json")).pools == {}
 
 
 def test_before_the_first_update_there_is_what_the_start_has_made(tmp_path: Path) -> None:

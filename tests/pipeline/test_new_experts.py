@@ -62,7 +62,9 @@ def test_widths_are_compared_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = made_up_run(tmp_path)
     widths = {"org/new": 99, "org/one": 6, "zoo/composed/two": 10, "org/policy": 12}
     monkeypatch.setattr(preflight, "model_path", lambda reference: reference)
-    monkeypatch.setattr(preflight, "describe", lambda reference: {"hidden_size": widths[reference]})
+    monkeypatch.setattr(
+        preflight, "describe", lambda reference: dict.fromkeys(("hidden_size", "embedding_size"), widths[reference])
+    )
     for experts in ([NEW, *OLD], [OLD[1], OLD[0], NEW]):
         preflight.check_start(config(run, experts))
     widths["zoo/composed/two"] = 11

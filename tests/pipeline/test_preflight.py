@@ -14,6 +14,7 @@ from cluster.config import ConfigError, RunConfig, load, parse
 from cluster.run import preflight
 from experts.loading import ModelError, load_frozen, load_tokenizer, tokenize
 from rewards.sources import build_tasks
+from tests import architectures
 from tests.models import make
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -147,6 +148,34 @@ def test_without_a_limit_the_longest_prompt_must_leave_room(models: Path) -> Non
     assert preflight.check_prompts(enough, tasks, print) == tasks
     with pytest.raises(ConfigError, match=rf"the longest prompt .*data.max_prompt_tokens\) {longest} \+ router"):
         preflight.check_prompts(config(models, {}, VLLM | {"max_model_tokens": longest + 17}, **short), tasks, print)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mamba", "mamba cannot be the policy: it keeps what it has read in cache_params"),
+        ("rwkv", "rwkv cannot be the policy: it keeps what it has read in state"),
+        (
+            "recurrent_gemma",
+            "recurrent_gemma cannot be the policy: its recurrent blocks keep their state in themselves",
+        ),
+        ("jamba", "jamba cannot be the policy: its recurrent layers are not known to go on exactly"),
+    ],
+)
+def test_a_policy_that_would_read_a_prefix_wrongly_is_refused_by_name(
+    models: Path, tmp_path: Path, name: str, reason: str
+) -> None:
+    path = architectures.make(name, tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"^policy\.model: model .*: {reason}.*; as an expert it works$"):
+        preflight.check_models(config(models, {}, {"model": path}))
+    preflight.check_models(config(models, {"model": path, "max_tokens": 64}, {}))
+
+
+def test_layers_that_read_token_ids_are_no_policy_for_vllm(models: Path, tmp_path: Path) -> None:
+    path = architectures.make("gemma3n", tmp_path)
+    preflight.check_models(config(models, {}, {"model": path}))
+    with pytest.raises(ConfigError, match=r"^policy\.model: .* which vLLM does not take beside a prefix"):
+        preflight.check_models(config(models, {}, VLLM | {"model": path}))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])

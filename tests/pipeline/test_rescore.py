@@ -208,5 +208,5 @@ def test_groups_that_are_missing_or_damaged_and_other_prompts_are_refused(run: P
         rescore_run(run / "groups", "1..3", None, [], None)
     source = run.parent / "sums.jsonl"
     source.write_text(source.read_text().replace("What is 1 ", "What was 1 "))
-    with pytest.raises(ValueError, match="the prompts of task 'sums' differ from the checkpoint's"):
+    with pytest.raises(ValueError, match="the prompts of task 'sums' differ from the run's"):
         rescore_run(run, "1", None, [], None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from rewards.config import DataConfig
+from rewards.generation import one_generator
 from rewards.sources import Task, build_tasks
 
 SUMS: dict[str, Any] = {
@@ -30,6 +32,13 @@ BOTH: dict[str, Any] = {"name": "both", "compose": ["sums", "legs"], "size": 200
 def data_of(*tasks: dict[str, Any], **settings: Any) -> DataConfig:
     """A `data` section with these tasks."""
     return DataConfig.model_validate({"tasks": list(tasks), **settings})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def generator() -> Iterator[None]:
+    """One generating process for all tests: each alone would start its own."""
+    with one_generator():
+        yield
 
 
 @pytest.fixture(scope="session")

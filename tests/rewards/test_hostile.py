@@ -7,16 +7,23 @@ import random
 import string
 import time
 import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import pytest
+from reasoning_gym.factory import DATASETS
 
+from rewards.attack import CANARY, EXIT_CODE, HOSTILE, Hostile
 from rewards.config import DataConfig, RewardsConfig, TaskConfig
+from rewards.generation import one_generator
 from rewards.numbers import NumberVerifier
 from rewards.sources import all_entries
 from rewards.verifiers import MathVerifier, TextVerifier
 from rewards.verify import ExactInteger, Verifier
 from rewards.worker import RewardWorker
 from rollout.types import Prompt, RewardStatus
+from tests.rewards.test_every_dataset import NEEDS_OTHERS, SMALLER
 from tests.rewards.verifiers import a_prompt
 
 GYM = ("chain_sum", "leg_counting", "countdown", "simple_equations", "prime_factorization", "complex_arithmetic",
@@ -133,3 +140,67 @@ def test_ten_thousand_hostile_strings(tasks: tuple[dict[str, Verifier], dict[str
     counts = check(tasks, in_turn(tasks, hostile(10_000, seed=2)))
     print(counts)
     assert sum(counts.values()) == 10_000
+
+
+FAST = 4  # hostile completions a data set in the fast test, others for each
+PER_CALL = 2  # a verifier that is late three times in a row is not asked again in that call
+
+
+def hostile_cases(prompts: Sequence[Prompt], texts: Sequence[Hostile]) -> list[tuple[Prompt, Hostile]]:
+    """Every text for one of the prompts, of which the text does not hold the gold answer if there is such a one."""
+    cases = []
+    for at, text in enumerate(texts):
+        apart = [prompt for prompt in prompts if not holds_gold(prompt, text)] or prompts
+        cases.append((apart[at % len(apart)], text))
+    return cases
+
+
+def holds_gold(prompt: Prompt, text: Hostile) -> bool:
+    """Whether the text may be right for the prompt."""
+    return prompt.answer.casefold() in (text.before + text.unit + text.after).casefold() if prompt.answer else False
+
+
+def try_hostile(names: Sequence[str], texts: Callable[[int], Sequence[Hostile]]) -> Counter[str]:
+    """Hostile completions for each data set, all in one worker; counts the statuses."""
+    tasks, verifiers = {}, {}
+    with one_generator():
+        for name in names:
+            task = TaskConfig(name=name, dataset=name, size=3, config=SMALLER.get(name, {}))
+            tasks[name], verifiers[name] = all_entries(task, DataConfig(seed=11, tasks=(task,)))
+    for kind, verifier in (("number", NumberVerifier()), ("math", MathVerifier()), ("text", TextVerifier())):
+        tasks[kind], verifiers[kind] = [a_prompt(kind, answer="777771")], verifier
+    counts: Counter[str] = Counter()
+    CANARY.unlink(missing_ok=True)
+    with closing(RewardWorker(verifiers, RewardsConfig(timeout_s=LIMIT_S, jail="require"))) as worker:
+        sane = [(p, p.answer) for prompts in tasks.values() for p in prompts[:1] if p.answer]
+        before = worker.score_texts(sane)
+        assert [prompt.task for (prompt, _), score in zip(sane, before, strict=True) if score.right != 1] == []
+        for place, (name, prompts) in enumerate(tasks.items()):
+            cases = hostile_cases(prompts, texts(place))
+            for at in range(0, len(cases), PER_CALL):
+                chunk = cases[at : at + PER_CALL]
+                scores = worker.score_texts([(prompt, text.text) for prompt, text in chunk])
+                for (prompt, text), score in zip(chunk, scores, strict=True):
+                    counts[score.status.value] += 1
+                    judged = score.status is RewardStatus.OK and not holds_gold(prompt, text)
+                    assert not judged or score.right == 0, (name, text.name, prompt.answer)
+                    assert f"(exit code {EXIT_CODE})" not in score.reason, (name, text.name)
+        assert worker.score_texts(sane) == before
+    assert not CANARY.exists()
+    return counts
+
+
+def test_hostile_completions_for_every_data_set_some() -> None:
+    counts = try_hostile(sorted(set(DATASETS) - NEEDS_OTHERS), lambda place: [
+        HOSTILE[(FAST * place + n) % len(HOSTILE)] for n in range(FAST)
+    ])  # fmt: skip
+    print(counts)
+    assert sum(counts.values()) > FAST * len(DATASETS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_hostile_completions_for_every_data_set() -> None:
+    counts = try_hostile(sorted(set(DATASETS) - NEEDS_OTHERS), lambda place: HOSTILE)
+    print(counts)
+    assert sum(counts.values()) > 60 * len(DATASETS)

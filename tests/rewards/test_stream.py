@@ -103,18 +103,18 @@ def test_a_task_s_own_level_is_no_level_of_a_curriculum(tmp_path: Path, own: obj
 def test_the_state_of_another_configuration_is_refused(tasks: dict[str, Task], data: DataConfig) -> None:
     stream = PromptStream(tasks, data)
     for change, message in (
-        (data_of(BOTH, SUMS, LEGS, seed=5), "data.seed is 1, the checkpoint's was 5"),
+        (data_of(BOTH, SUMS, LEGS, seed=5), "data.seed is 1, the run's was 5"),
         (
             data_of(BOTH, LEGS, SUMS),
-            r"data.tasks are \['both', 'sums', 'legs'\], the checkpoint's were \['both', 'legs'",
+            r"data.tasks are \['both', 'sums', 'legs'\], the run's were \['both', 'legs'",
         ),
-        (data_of(BOTH, SUMS, LEGS | {"weight": 3.0}), "the weight of task 'legs' differ"),
+        (data_of(BOTH, SUMS, LEGS | {"weight": 3.0}), "the weight of task 'legs' differs"),
         (data_of(BOTH, SUMS | {"size": 3100}, LEGS), "the prompts of task 'both' differ"),
         (data_of(BOTH, SUMS, LEGS, template="Q: {question}\nAnswer:"), "the prompts of task 'both' differ"),
     ):
         with pytest.raises(RewardsError, match=message):
             stream.restore(PromptStream(build_tasks(change), change).state())
-    with pytest.raises(RewardsError, match="the checkpoint's was None"):
+    with pytest.raises(RewardsError, match="the run's was None"):
         stream.restore({})
 
 

@@ -77,14 +77,32 @@ def test_the_prefix_stands_where_it_was_asked_for(batch):
     placed = with_prefix(prompts.tokens[:, :, None].float(), marks if slots else None, prompts)[:, :, 0]
     head = 1 if where == "after_bos" else 0
     for row, prompt in enumerate(rows):
+        assert prompts.tokens[row][prompts.slot[row] >= 0].tolist() == [PAD] * slots
         wanted = [*prompt[:head], *(-1 - slot for slot in range(slots)), *prompt[head:]]
         assert seen(prompts.mask[row], placed[row]) == wanted
 
 
-def test_a_hidden_slot_is_not_counted():
-    prompts = lay_out_prompts([[5, 6]], 2, PAD, slot_mask=torch.tensor([[False, True]]))
-    assert prompts.mask.tolist() == [[0, 1, 1, 1]]
-    assert prompts.positions.tolist() == [[0, 0, 1, 2]]
+@given(batch=batches(), seed=st.integers(0, 99))
+@settings(max_examples=80, deadline=None)
+def test_every_row_is_contiguous_and_the_slots_that_it_does_not_show_are_nowhere(batch, seed):
+    rows, _, slots, where = batch
+    shown = torch.from_numpy(np.random.default_rng(seed).random((len(rows), slots)) < 0.5)
+    prompts = lay_out_prompts(rows, slots, PAD, where, shown)
+    for row, prompt in enumerate(rows):
+        length = len(prompt) + int(shown[row].sum())
+        total = prompts.mask.shape[1]
+        assert prompts.mask[row].tolist() == [0] * (total - length) + [1] * length
+        assert prompts.positions[row].tolist() == [0] * (total - length) + list(range(length))
+        assert prompts.slot[row][prompts.slot[row] >= 0].tolist() == shown[row].nonzero()[:, 0].tolist()
+    assert prompts.mask[:, 0].any()
+
+
+def test_a_hidden_slot_takes_no_column():
+    prompts = lay_out_prompts([[5, 6], [7]], 2, PAD, slot_mask=torch.tensor([[False, True], [False, False]]))
+    assert prompts.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert prompts.slot.tolist() == [[1, -1, -1], [-1, -1, -1]]
+    placed = with_prefix(prompts.tokens[:, :, None].float(), torch.full((2, 2, 1), -1.0), prompts)
+    assert placed[:, :, 0].tolist() == [[-1, 5, 6], [PAD, PAD, 7]]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +112,8 @@ def test_a_hidden_slot_is_not_counted():
         lambda: lay_out_prompts([], 1, PAD),
         lambda: lay_out_completions(lay_out_prompts([[5], [6]], 1, PAD), [[[7]], [[7], [8]]], PAD),
         lambda: lay_out_completions(lay_out_prompts([[5]], 1, PAD), [[[]]], PAD),
-        lambda: with_prefix(torch.zeros(1, 1, 4), torch.zeros(1, 3, 4), lay_out_prompts([[5]], 2, PAD)),
-        lambda: with_prefix(torch.zeros(1, 1, 4), None, lay_out_prompts([[5]], 2, PAD)),
+        lambda: with_prefix(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), lay_out_prompts([[5]], 2, PAD)),
+        lambda: with_prefix(torch.zeros(1, 3, 4), None, lay_out_prompts([[5]], 2, PAD)),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(wrong):

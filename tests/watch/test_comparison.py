@@ -22,6 +22,7 @@ from cluster.watch.comparison import (
     in_points,
     labels,
     markdown,
+    without_pools,
     write,
 )
 from cluster.watch.results import MEAN
@@ -42,6 +43,23 @@ def test_runs_that_differ_in_their_seed_are_one_arm_and_labels_say_what_else_dif
     ]
     assert list(arms[0].accuracy) == ["composed", "chain_sum", MEAN]
     assert labels([run("static", 0), run("static", 1)]) == ["all the same"] * 2
+
+
+def test_runs_whose_training_prompts_differ_though_their_settings_do_not_are_refused() -> None:
+    def of(kind: str, digest: str, **settings: object) -> Run:
+        return replace(run(kind, 0, **{"data.seed": 1, "policy.model": "p"} | settings), pools={"sums": digest})
+
+    said = (
+        r"perceiver-0 and runs/static-0 have equal data sections and other prompts of task 'sums' .*train one of them"
+    )
+    with pytest.raises(ComparisonError, match=said):
+        compare([of("perceiver", "a"), of("static", "b")])
+    for other in (of("static", "a"), of("static", "b", **{"data.seed": 2}), of("static", "b", **{"policy.model": "q"})):
+        assert len(compare([of("perceiver", "a"), other])) == 2
+    before = replace(of("static", "a"), pools={})
+    compare([of("perceiver", "a"), before])
+    assert "runs/static-0: of a version that kept no data.json" in without_pools([of("perceiver", "a"), before])
+    assert not without_pools([of("perceiver", "a")])
 
 
 def test_differences_are_paired_by_seed_and_prompt() -> None:

@@ -1,0 +1,67 @@
+"""Which architectures can be the policy: what their configuration says, before any weight is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from experts.kv_cache import is_recurrent, new_cache
+from experts.loading import ModelError, reads_ids
+
+# Models whose forward takes a cache and keeps a part of what it has read elsewhere.
+OWN_STATE = {
+    "minimax": "it takes a cache of its own only",
+    "recurrent_gemma": "its recurrent blocks keep their state in themselves, not in past_key_values",
+}
+# Models with recurrent layers that tests have seen go on from a cached prompt exactly, with gradient.  Others may not:
+# Jamba's layers forget their state when several tokens are read at once.
+EXACT_HYBRIDS = (
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "lfm2",
+    "lfm2_moe",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+)
+
+
+def check_policy(path: str, engine: str = "transformers") -> None:
+    """Loads no weights, to refuse a model that would read a prefix wrongly before anything expensive starts.
+
+    Raises:
+        ModelError: naming the architecture and the reason.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    if reason := policy_refusal(config, engine):
+        raise ModelError(f"model {path!r}: {config.model_type} cannot be the policy: {reason}; as an expert it works")
+
+
+def policy_refusal(config: Any, engine: str = "transformers") -> str | None:
+    """Why models of this configuration cannot read a prefix and go on from what they have read; None where they can."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "transformers has no causal language model of this type"
+    arguments = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
+    if "inputs_embeds" not in arguments:
+        return "it reads token ids only, and a prefix has none"
+    if "past_key_values" not in arguments:
+        own = [name for name in ("cache_params", "state") if name in arguments]
+        return f"it keeps what it has read in {own[0] if own else 'itself'}, not in past_key_values"
+    if config.model_type in OWN_STATE:
+        return OWN_STATE[config.model_type]
+    if engine == "vllm" and reads_ids(config):
+        return "its layers read embeddings of token ids, which vLLM does not take beside a prefix"
+    try:
+        cache = new_cache(config)
+    except ModelError as error:
+        return str(error)
+    if any(map(is_recurrent, cache.layers)) and config.get_text_config().model_type not in EXACT_HYBRIDS:
+        return "its recurrent layers are not known to go on exactly from a cached prompt"
+    return None
