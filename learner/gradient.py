@@ -21,8 +21,9 @@ from learner.advantages import has_signal
 from learner.algorithms import ALGORITHMS, GRPO, LossTerms, TokenBatch
 from learner.batch import micro_batches, targets
 from learner.config import KLConfig
-from learner.logprobs import TokenStatistics, completion_logprobs
+from learner.logprobs import completion_logprobs
 from learner.losses import Denominators
+from learner.token_logprobs import TokenStatistics
 from rollout.sequence import CompletionBatch, PrefixPosition, lay_out_completions, lay_out_prompts
 from rollout.types import Group
 

@@ -149,9 +149,10 @@ class _Statistics(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if learns else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            *part, slope = _with_slope(head, hidden[rows].detach(), tokens[rows, None], temperature, learns)
-            parts.append(part)
-            if slopes is not None:
+            some = hidden[rows].detach()
+            logprobs, entropy, slope = _with_slope(head, some, tokens[rows, None], temperature, learns)
+            parts.append((logprobs, entropy))
+            if slopes is not None and slope is not None:
                 slopes[rows] = slope
         if slopes is not None:
             ctx.save_for_backward(slopes)
