@@ -89,7 +89,7 @@ def needs(config: RunConfig, models: Mapping[str, Mapping[str, Any]]) -> list[Ne
 
 
 def _kept_numbers(model: Mapping[str, Any], checkpointed: bool) -> float:
-    """Of a token, for the backward pass; with checkpointing each layer's input, keys and values, and one whole layer."""
+    """Of a token, for the backward pass; with checkpointing each layer's input and cache, and one layer."""
     layer = KEPT_WIDTHS * model["hidden_size"] + KEPT_FEEDFORWARDS * model["feedforward"]
     if not checkpointed:
         return float(layer * model["layers"])
