@@ -6,6 +6,7 @@ column; a layer with a sliding window holds the last columns only, and a recurre
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -66,6 +67,16 @@ def select_rows(cache: Any, rows: Int[Tensor, " rows"]) -> None:
             states[key] = states[key][rows]
 
 
+def one_layer(cache: Any, index: int, rows: Int[Tensor, " rows"] | None = None) -> Any:
+    """A cache that holds one layer's states alone, of some rows or all; writing to it leaves the original as it is."""
+    taken = copy.copy(cache)
+    taken.layers = [_copied(layer) if at == index else None for at, layer in enumerate(cache.layers)]
+    for layer in taken.layers[index : index + 1] if rows is not None else ():
+        for states, key in _tensors(layer):
+            states[key] = states[key][rows]
+    return taken
+
+
 def drop_columns(cache: Any, count: int) -> None:
     """Forgets the first columns, which no row has a token in."""
     for layer in cache.layers:
@@ -89,6 +100,17 @@ def append_rows(cache: Any, other: Any) -> None:
     for mine, theirs in zip(cache.layers, other.layers, strict=True):
         if _has_columns(mine):
             _set_length(mine, max(mine.get_seq_length(), theirs.get_seq_length()))
+
+
+def _copied(layer: Any) -> Any:
+    """Attention layers replace their tensors; recurrent ones write into those of their dictionaries."""
+    taken = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(taken, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+    if is_recurrent(layer):
+        taken.update_recurrent_state = functools.partial(_replace_state, taken)
+    return taken
 
 
 def _of_one_length(one: Tensor, other: Tensor, key: Any) -> tuple[Tensor, Tensor]:

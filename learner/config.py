@@ -120,6 +120,8 @@ class LearnerConfig(BaseModel):
     schedule: how the learning rate goes on after `warmup_steps`: `linear` and `cosine` fall to
         `final_rate` of it at the run's last step, because late steps otherwise mostly follow noise.
     microbatch_tokens: padded tokens (prefix, prompt and completions) the frozen policy sees at once.
+    checkpoint_activations: of the policy's layers only the inputs are kept, and the rest is computed a second time:
+        much less memory a token for about a third more time (docs/memory.md).
     zero_stage: 0 to 2; 1 and 2 shard the optimizer over ranks, which a few megabytes rarely repay; 3 is refused.
     mismatch_warning: mean absolute log-probability mismatch between engine and learner that warns.
     """
@@ -136,6 +138,7 @@ class LearnerConfig(BaseModel):
     ranks: int = Field(1, ge=1)
     zero_stage: int = Field(0, ge=0)
     microbatch_tokens: int = Field(16_384, ge=1)
+    checkpoint_activations: bool = False
     mismatch_warning: float = Field(0.02, gt=0.0)
     cpus: float = Field(0.0, ge=0.0)
     gpus: float = Field(0.0, ge=0.0)

@@ -21,8 +21,9 @@ from learner.advantages import has_signal
 from learner.algorithms import ALGORITHMS, GRPO, LossTerms, TokenBatch
 from learner.batch import micro_batches, targets
 from learner.config import KLConfig
-from learner.logprobs import TokenStatistics, completion_logprobs
+from learner.logprobs import completion_logprobs
 from learner.losses import Denominators
+from learner.token_logprobs import TokenStatistics
 from rollout.sequence import CompletionBatch, PrefixPosition, lay_out_completions, lay_out_prompts
 from rollout.types import Group
 
@@ -81,6 +82,7 @@ class PrefixGradient:
         kl: how the KL is measured.  Groups without signal whose KL is not in the loss add exactly nothing to
             the gradient: they are not computed, and the metrics leave them out.
         seed: of the draw that says whose KL is measured, where it is not everybody's.
+        checkpoint_activations: see `LearnerConfig`.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class PrefixGradient:
         microbatch_tokens: int,
         kl: KLConfig,
         seed: int = 0,
+        checkpoint_activations: bool = False,
     ) -> None:
         self.policy, self.algorithm, self.position = policy, algorithm, position
+        self.checkpoint_activations = checkpoint_activations
         self.microbatch_tokens, self.kl, self.seed = microbatch_tokens, kl, seed
         self.penalised = kl.coefficient > 0 and kl.reference != "none"
 
@@ -233,7 +237,8 @@ class PrefixGradient:
         tokens = [g.prompt_tokens for g in groups]
         prompts = lay_out_prompts(tokens, slots, pad_id, self.position, shown, device)
         completions = lay_out_completions(prompts, [[c.tokens for c in g.completions] for g in groups], pad_id)
-        return completion_logprobs(self.policy, prompts, prefix, completions, temperature), completions
+        saving = self.checkpoint_activations
+        return completion_logprobs(self.policy, prompts, prefix, completions, temperature, saving), completions
 
 
 def _measured_only(found: Tensor, measured: list[bool], logprobs: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class LearnerRank:
             spec.learner.microbatch_tokens,
             spec.algorithm.kl,
             spec.seed,
+            spec.learner.checkpoint_activations,
         )
         self.router_operations = RouterOperations(self.old_router, len(spec.shape.experts), device)
         self.version, self.incarnation = 0, 0

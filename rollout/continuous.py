@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from experts.kv_cache import append_rows, drop_columns, new_cache, select_rows
 from experts.loading import FrozenModel
+from rollout.draws import draw_tokens
 from rollout.sequence import PrefixPosition, Tokens, lay_out_prompts, next_positions, with_prefix
 from rollout.types import FinishReason
 
@@ -294,9 +295,8 @@ def choose(
         before = ordered.double().exp().cumsum(dim=-1) - ordered.double().exp()
         outside = torch.zeros_like(logprobs, dtype=torch.bool).scatter(1, order, before >= mass[:, None])
         logprobs = logprobs.masked_fill(outside, float("-inf")).log_softmax(dim=-1)
-    cumulative = logprobs.double().exp().cumsum(dim=-1)
-    target = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
-    sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    uniforms = torch.tensor(draws, dtype=torch.float64, device=device)
+    sampled = draw_tokens(logprobs, torch.arange(len(logprobs), device=device), uniforms)
     chosen = torch.where(heat > 0, sampled, logprobs.argmax(dim=-1))
     return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
 

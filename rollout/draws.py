@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from rollout.types import Draws
 
@@ -49,3 +53,38 @@ def collaborator_draws(seed: int, ordinal: int, version: int, experts: int, drop
         if not visible.any():
             visible[rng.integers(experts)] = True
     return Draws(expert_mask=visible)
+
+
+def draw_tokens(
+    logprobs: Float[Tensor, "rows vocabulary"], rows: Int[Tensor, " samples"], uniforms: Float[Tensor, " samples"]
+) -> Int[Tensor, " samples"]:
+    """One token a sample, where the cumulative distribution of its row passes its own draw in [0, 1).
+
+    In two levels, so that nothing in float64 is as large as `logprobs`: first a block of the vocabulary by the
+    blocks' sums, then a token within it by what is left of the draw.  A row's sums depend on that row alone.
+
+    Args:
+        rows: each sample's row of `logprobs`.
+    """
+    words = logprobs.shape[-1]
+    size = math.isqrt(words)
+    p = logprobs.new_zeros(len(logprobs), -(-words // size), size)
+    torch.exp(logprobs, out=p.view(len(logprobs), -1)[:, :words])
+    block, left = _place(p.sum(dim=-1).double()[rows], uniforms)
+    within, _ = _place(p[rows, block].double(), left)
+    return block * size + within
+
+
+def _place(
+    masses: Float[Tensor, "samples parts"], draws: Float[Tensor, " samples"]
+) -> tuple[Int[Tensor, " samples"], Float[Tensor, " samples"]]:
+    """The part of positive mass that each draw falls into, and how far it reaches into it, in [0, 1]."""
+    cumulative = masses.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = draws[:, None].double() * total
+    found = torch.searchsorted(cumulative, target, right=True)
+    # Rounding may take a draw to the very end: that is the last part of positive mass.
+    found = torch.minimum(found, (cumulative < total).sum(dim=-1, keepdim=True))
+    mass = masses.gather(1, found)
+    below = cumulative.gather(1, found) - mass
+    return found[:, 0], ((target - below) / mass).clamp(0, 1)[:, 0]

@@ -22,6 +22,7 @@ from experts.kv_cache import new_cache, select_rows
 from experts.loading import FrozenModel, ModelError, weights_sha256
 from experts.state import RouterSnapshot
 from rollout.continuous import ContinuousBatch, Decoding, Piece
+from rollout.draws import draw_tokens
 from rollout.sequence import PrefixPosition, PromptBatch, Tokens, lay_out_prompts, next_positions, with_prefix
 from rollout.types import Completion, FinishReason, Sampling
 
@@ -253,22 +254,19 @@ def pick(
 ) -> tuple[Int[Tensor, " samples"], Float[Tensor, " samples"]]:
     """One token a sample and its log-probability under the distribution it was drawn from.
 
-    Sampling inverts the cumulative distribution at the sample's own uniform draw, in float64: the
-    draw decides, never the order of samples in the batch.
+    Sampling inverts the cumulative distribution at the sample's own uniform draw: the draw decides, never the order
+    of samples in the batch.
 
     Args:
         rows: each sample's row of `logits`.
     """
-    scaled = logits.float() / (temperature or 1.0)
-    logprobs = scaled.log_softmax(dim=-1)
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
     if temperature == 0:
         chosen = logprobs.argmax(dim=-1)[rows]
     else:
         if uniforms is None:
             raise ValueError("sampling at a temperature above 0 needs the requests' uniform draws")
-        cumulative = logprobs.double().exp().cumsum(dim=-1)[rows]
-        target = uniforms[:, None] * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+        chosen = draw_tokens(logprobs, rows, uniforms)
     return chosen, logprobs[rows, chosen]
 
 

@@ -13,13 +13,15 @@ from rich.table import Table
 
 from cluster.config import ConfigError, RunConfig
 from experts.config import EngineConfig
+from learner.token_logprobs import CHUNK
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCHED_TOKENS = 8192  # vLLM's own default on GPUs
 PROMPT_TOKENS = 512  # where data.max_prompt_tokens says nothing
-# Kept for the backward pass, in hidden-sized vectors a token and layer (Korthikanti et al. 2022, without dropout).
-KEPT_FOR_BACKWARD = 16
+# Kept of a token and layer for the backward pass through frozen weights, in vectors of the width and of the
+# feed-forward blocks (measured: docs/memory.md).
+KEPT_WIDTHS, KEPT_FEEDFORWARDS = 10, 3
 CONTEXT = 0.6 * GIB  # CUDA's own, a process
 
 
@@ -77,13 +79,21 @@ def needs(config: RunConfig, models: Mapping[str, Mapping[str, Any]]) -> list[Ne
     if learner.gpus:
         size = BYTES[policy.dtype]
         tokens = max(learner.microbatch_tokens, length)
-        layers = KEPT_FOR_BACKWARD * model["hidden_size"] * model["layers"] * size
-        activations = tokens * (layers + 3 * 4 * model["vocabulary"])
+        activations = tokens * _kept_numbers(model, learner.checkpoint_activations) * size
+        activations += 3 * 4 * min(max(CHUNK, model["vocabulary"]), tokens * model["vocabulary"])
         weights = _weights(model, size)
         found.append(
             Need("learner", "Learner", learner.ranks, learner.gpus, learner.gpus, weights, 0.0, CONTEXT + activations)
         )
     return found
+
+
+def _kept_numbers(model: Mapping[str, Any], checkpointed: bool) -> float:
+    """Of a token, for the backward pass; with checkpointing each layer's input and cache, and one layer."""
+    layer = KEPT_WIDTHS * model["hidden_size"] + KEPT_FEEDFORWARDS * model["feedforward"]
+    if not checkpointed:
+        return float(layer * model["layers"])
+    return float(layer + model["layers"] * (model["hidden_size"] + 2 * model["kv_heads"] * model["head_size"]))
 
 
 def _frozen_need(

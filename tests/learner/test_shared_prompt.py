@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.logprobs import completion_logprobs, token_statistics
+from learner.logprobs import completion_logprobs
 from rollout.sequence import lay_out_completions, lay_out_prompts
 from tests.learner.naive import load_double, naive_logprobs
 
@@ -54,13 +54,3 @@ def test_without_a_prefix_the_frozen_policy_is_left(policies, family):
     for row, completion in enumerate(c for group in COMPLETIONS for c in group):
         alone = naive_logprobs(policy, np.array(PROMPTS[row // 3]), None, np.array(completion), 1.3, "front")
         assert (found[row, : len(completion)] - alone).abs().max() < VALUES
-
-
-def test_a_temperature_divides_the_logits_and_half_precision_is_raised_first():
-    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tokens = torch.tensor([[0, 1, 2], [3, 4, 0]])
-    found = token_statistics(logits, tokens, 0.5)
-    p = (logits.float() / 0.5).softmax(dim=-1)
-    assert found.logprobs.dtype == torch.float32
-    torch.testing.assert_close(found.logprobs.exp(), p.gather(2, tokens[:, :, None])[:, :, 0])
-    torch.testing.assert_close(found.entropy, torch.distributions.Categorical(p).entropy())

@@ -50,6 +50,19 @@ def test_weights_and_cache_of_a_known_model() -> None:
     assert need.share == 0.9
 
 
+def test_the_learner_needs_activations_and_no_more_than_a_chunk_of_logits() -> None:
+    def activations(vocabulary: int = 151_936, **learner: Any) -> float:
+        run = config([{}], {}, gpus=1, microbatch_tokens=32_768, **learner)
+        (need,) = needs(run, dict.fromkeys(run.models(), MODEL | {"vocabulary": vocabulary}))
+        return need.bytes - need.weights
+
+    plain, saving = activations(), activations(checkpoint_activations=True)
+    assert plain == pytest.approx(32_768 * 36 * 107_000, rel=0.03), "docs/memory.md, measured"
+    assert saving < plain / 10
+    assert activations(vocabulary=2 * 151_936) == plain
+    assert activations(vocabulary=10) < plain
+
+
 def test_the_plan_of_the_issue_fits_and_is_shown() -> None:
     """Three experts that share a GPU, a split one with two replicas, a policy and a learner."""
     vllm = {"engine": "vllm"}

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
 
-from rollout.draws import collaborator_draws, generator, token_uniforms
+from rollout.continuous import choose
+from rollout.draws import collaborator_draws, draw_tokens, generator, token_uniforms
+from rollout.engine import pick
+from tests.tensors import Allocations
 
 numbers = st.integers(0, 2**31)
 
@@ -59,3 +66,90 @@ def test_dropout_hides_about_its_share():
 
 def test_a_new_version_draws_again():
     assert len({collaborator_draws(0, 0, version, 5, 0.5).expert_mask.tobytes() for version in range(20)}) > 3
+
+
+LAST = 1 - 2.0**-53  # the largest draw there is
+
+
+def distributions(rows: int, words: int, spread: float = 3.0, seed: int = 0) -> Tensor:
+    """(rows, words) log-probabilities."""
+    logits = torch.randn(rows, words, generator=torch.Generator().manual_seed(seed)) * spread
+    return logits.log_softmax(dim=-1)
+
+
+def drawn(logprobs: Tensor, draws: list[float] | np.ndarray) -> np.ndarray:
+    """One token a draw, all from the first row."""
+    uniforms = torch.as_tensor(draws, dtype=torch.float64)
+    return draw_tokens(logprobs, torch.zeros(len(uniforms), dtype=torch.long), uniforms).numpy()
+
+
+@given(st.integers(1, 700), st.sampled_from([0.1, 3.0, 30.0]), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_a_draw_falls_on_the_token_where_the_cumulative_distribution_passes_it(words, spread, seed):
+    logprobs = distributions(1, words, spread, seed)
+    draws = np.concatenate([np.random.default_rng(seed).random(50), [0.0, LAST]])
+    tokens = drawn(logprobs, draws)
+    p = logprobs[0].double().exp().numpy()
+    above = p.cumsum() / p.sum()
+    assert (p[tokens] > 0).all()
+    assert (above[tokens] > draws - 1e-6).all()
+    assert (above[tokens] - p[tokens] / p.sum() < draws + 1e-6).all()
+
+
+@pytest.mark.parametrize("words", [3, 72, 5000])
+def test_tokens_come_as_often_as_their_probabilities_say(words):
+    logprobs, count = distributions(1, words, 1.5), 200_000
+    p = logprobs[0].double().exp().numpy()
+    # Evenly spaced draws leave chance out: a token's count is its share to within one, and rounding.
+    even = np.bincount(drawn(logprobs, (np.arange(count) + 0.5) / count), minlength=words)
+    assert np.abs(even - count * p / p.sum()).max() < 1.5
+    counts = np.bincount(drawn(logprobs, np.random.default_rng(5).random(count)), minlength=words)
+    common = count * p > 5
+    seen = np.append(counts[common], counts[~common].sum() + 1e-9)
+    expected = np.append(count * p[common], count * p[~common].sum() + 1e-9)
+    assert chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 1e-3
+
+
+def test_a_token_without_a_chance_is_never_drawn():
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, [300, 301, 640]] = torch.tensor([0.0, -3.0, 1.0])
+    tokens = drawn(logits.log_softmax(dim=-1), [0.0, 1e-300, 0.2, 0.5, LAST])
+    assert tokens[0] == tokens[1] == 300 and tokens[-1] == 640
+    assert set(tokens) <= {300, 301, 640}
+
+
+@pytest.mark.parametrize("words", [72, 3001])
+def test_draws_decide_whatever_shares_the_batch(words):
+    logits = distributions(40, words)
+    uniforms = torch.rand(90, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    rows = torch.arange(90) % 40
+    tokens, logprobs = pick(logits, rows, 0.8, uniforms)
+    assert len(set(tokens.tolist())) > 20
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(pick(logits, rows[order], 0.8, uniforms[order])[0], tokens[order])
+    for sample in range(0, 90, 7):
+        alone = pick(logits[rows[sample]][None], torch.zeros(1, dtype=torch.long), 0.8, uniforms[sample][None])
+        assert alone[0] == tokens[sample] and alone[1] == logprobs[sample]
+
+
+def test_greedy_takes_the_most_likely_and_needs_no_draw():
+    logits = distributions(5, 300)
+    tokens, logprobs = pick(logits, torch.tensor([4, 0, 0]), 0.0, None)
+    assert torch.equal(tokens, logits.argmax(dim=-1)[[4, 0, 0]])
+    torch.testing.assert_close(logprobs, logits.max(dim=-1).values[[4, 0, 0]])
+
+
+def test_no_float64_tensor_is_as_large_as_the_logits():
+    """Nor is anything as large as samples x vocabulary."""
+    logits, samples = distributions(4, 10_000), 40
+    uniforms = torch.rand(samples, dtype=torch.float64)
+    for draw in (
+        lambda: pick(logits, torch.arange(samples) % 4, 1.0, uniforms),
+        lambda: choose(logits, [1.0] * 4, [1.0] * 4, uniforms[:4].tolist()),
+    ):
+        with Allocations(torch.float64) as doubles:
+            draw()
+        assert 0 < doubles.largest <= samples * 101
+        with Allocations() as everything:
+            draw()
+        assert everything.largest <= 4 * 100 * 101
