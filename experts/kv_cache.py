@@ -103,11 +103,11 @@ def append_rows(cache: Any, other: Any) -> None:
 
 
 def _copied(layer: Any) -> Any:
-    """Attention layers replace their tensors; recurrent ones write into those of their dictionaries."""
+    """Layers replace their tensors, recurrent ones those in their dictionaries."""
     taken = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
-            setattr(taken, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+            setattr(taken, name, dict(value))
     if is_recurrent(layer):
         taken.update_recurrent_state = functools.partial(_replace_state, taken)
     return taken
