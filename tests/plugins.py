@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,3 +69,8 @@ class SociableRouter(Perceiver):
         if not visible.all():
             raise ValueError("somebody is missing")
         return super().forward(features, visible, *pick)
+
+
+def rarely_right(completion: str, prompt: Prompt) -> float:
+    """Right for about one text in a dozen, whatever it says."""
+    return float(zlib.crc32(completion.encode(errors="replace")) % 12 == 0)

@@ -21,6 +21,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from rich.console import Console
 
 from cluster.run import afterwards, checkpoint
 from cluster.run.baselines import KnownBaselines, fingerprints
@@ -121,7 +122,8 @@ def client(server: Server) -> openai.OpenAI:
 
 
 def test_greedy_answers_are_those_of_the_evaluation(client, server, run) -> None:
-    config, folder, tasks, started = afterwards._open(run)
+    saved = checkpoint.read(run / "checkpoints")
+    config, _, tasks, started = afterwards._open(run, saved, Console())
 
     worker, rollouts = started.fleet.rollouts[0].worker, list[Rollout]()  # type: ignore[attr-defined]
     generate = worker.generate
@@ -135,8 +137,7 @@ def test_greedy_answers_are_those_of_the_evaluation(client, server, run) -> None
     async def evaluated() -> list[tuple[list[Any], str]]:
         known = KnownBaselines(config, tasks, fingerprints(started.experts, started.policy))
         evaluator = Evaluator(config, started.fleet, tasks, known)
-        router = checkpoint.read(folder.checkpoints, None).learner.snapshot
-        await evaluator.router(evaluator.prompts("test", PROMPTS), router)
+        await evaluator.router(evaluator.prompts("test", PROMPTS), saved.learner.snapshot)
         groups = [group for rollout in rollouts for group in rollout.groups]
         assert len(groups) == PROMPTS
         return [(list(group.prompt.messages), group.completions[0].text) for group in groups]
