@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
+from rewards.child import die_with_parent
 from rewards.config import DataConfig, TaskConfig
 from rewards.prompts import prompt_of
 from rewards.verify import RewardsError
@@ -72,9 +73,9 @@ class Generator:
     def _start(self) -> subprocess.Popen[bytes]:
         self._connection, theirs = Pipe()
         paths = [os.path.abspath(path) for path in sys.path]
-        call = f"import sys; sys.path[:] = {paths!r}; from rewards.generation import main; main({theirs.fileno()})"
+        call = f"import sys; sys.path[:] = {paths!r}; from rewards.generation import main"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", call],
+            [sys.executable, "-c", f"{call}; main({theirs.fileno()}, {os.getpid()})"],
             env=os.environ | {"PYTHONHASHSEED": "0"},
             stdin=subprocess.DEVNULL,
             stdout=2,  # standard output is for results
@@ -128,14 +129,20 @@ def _gold(entry: dict[str, Any]) -> str:
     return "" if entry["answer"] is None else str(entry["answer"])
 
 
-def main(descriptor: int) -> None:
-    """The process: answers every (task, seed) that comes in with its entries, or with the reason why not."""
+def main(descriptor: int, parent: int) -> None:
+    """The process: answers every (task, seed) that comes in with its entries, or with the reason why not.
+
+    descriptor: of its end of the connection.  parent: process id of whoever started it, with whom it ends.
+    """
+    die_with_parent(parent)
     from rewards import gym
 
+    me = os.getpid()
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):  # nobody is there any more
         while True:
             task, seed = connection.recv()
             if (pid := os.fork()) == 0:
+                die_with_parent(me)
                 try:
                     connection.send(gym.generate(task, seed))
                 except RewardsError as error:

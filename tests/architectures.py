@@ -85,6 +85,8 @@ PER_LAYER = {
 }
 GLOBAL = {"global_head_dim": 8}
 
+RECURRENT = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"))
+
 # What a row is called: its model type, and what it has that SHARED does not say.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -159,9 +161,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["chunked_attention", "full_attention"],
         },
     ),
-    "mamba": ("mamba", {"state_size": 8}),
-    "mamba2": ("mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}),
-    "rwkv": ("rwkv", {"attention_hidden_size": 32}),
+    "mamba": ("mamba", RECURRENT | {"state_size": 8}),
+    "mamba2": (
+        "mamba2",
+        RECURRENT | {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    ),
+    "rwkv": ("rwkv", RECURRENT | {"attention_hidden_size": 32}),
     "recurrent_gemma": ("recurrent_gemma", {"attention_window_size": WINDOW, "lru_width": 32, "num_hidden_layers": 3}),
 }
 

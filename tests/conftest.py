@@ -19,3 +19,9 @@ import torch  # reads OMP_NUM_THREADS when imported
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
+
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")

@@ -81,11 +81,7 @@ def step_metrics(
         "reward/std": pstdev(rewards) if rewards else 0.0,
         **{f"reward/{task}": _mean(r for g in mine for r in g.ok_rewards) for task, mine in by_task(groups).items()},
         "groups/no_signal": (untaught + pipeline.filtered) / (len(groups) + pipeline.filtered),
-        "rewards/masked_fraction": 1 - len(rewards) / completions,
-        **{f"rewards/masked_fraction/{task}": _masked(mine) for task, mine in by_task(groups).items()},
-        "rewards/unreadable_fraction": _unreadable(groups),
-        **{f"rewards/unreadable_fraction/{task}": _unreadable(mine) for task, mine in by_task(groups).items()},
-        **{f"verdicts/{task}/{status}": float(count) for (task, status), count in verdicts(groups).items()},
+        **verdict_metrics(groups),
         "policy/truncated_fraction": sum(group.truncated for group in groups) / completions,
         **learner_metrics(sums),
         "loss": sums.values.get("loss", 0.0),
@@ -143,6 +139,15 @@ def learner_metrics(sums: Sums) -> dict[str, float]:
             "policy/logprob_mismatch_max": sums.mismatch_max,
         }
     return found
+
+
+def verdict_metrics(groups: Sequence[GroupReport]) -> dict[str, float]:
+    """How scoring ended, in all and by task."""
+    found = {}
+    for name, share in (("masked", _masked), ("unreadable", _unreadable)):
+        found[f"rewards/{name}_fraction"] = share(groups)
+        found |= {f"rewards/{name}_fraction/{task}": share(mine) for task, mine in by_task(groups).items()}
+    return found | {f"verdicts/{task}/{status}": float(n) for (task, status), n in verdicts(groups).items()}
 
 
 def _masked(groups: Sequence[GroupReport]) -> float:

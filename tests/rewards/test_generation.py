@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from reasoning_gym.factory import DATASETS, create_curriculum, has_curriculum
 
@@ -29,6 +31,7 @@ TELLING = (
 )  # fmt: skip
 SHOW = """
 import sys
+import time
 from rewards.config import DataConfig
 from tests.rewards.test_generation import seen
 print(seen(DataConfig.model_validate_json(sys.argv[1])))
@@ -90,6 +93,34 @@ def test_a_process_that_ends_is_one_line_and_the_next_call_has_another() -> None
     assert "\n" not in str(e.value)
     assert len(generator.generate(task, 1)) == 12
     generator.close()
+
+
+def test_the_process_ends_with_its_owner_while_it_makes_entries() -> None:
+    script = (
+        "import os, threading, time\n"
+        "from rewards.config import TaskConfig\n"
+        "from rewards.generation import Generator\n"
+        "generator = Generator()\n"
+        "task = TaskConfig(name='t', dataset='chain_sum', size=10**9)\n"
+        "print(generator._start().pid, flush=True)\n"
+        "threading.Thread(target=generator.generate, args=(task, 1), daemon=True).start()\n"
+        "time.sleep(3); os._exit(1)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    group = int(done.stdout)
+    deadline = time.monotonic() + 30
+    while any(_group(pid) == group for pid in psutil.pids()):
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.05)
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def test_all_of_a_configuration_is_made_in_one_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ MUTATIONS = {
     "seals": ("pool.py", "fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)", "", ["shrinks the board"]),
     "subreaper": ("zygote.py", "while strays :=", "while False and", ["leaves a child in its own session"]),
     "orphans": ("zygote.py", "ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)", "", ["leaves an orphan"]),
-    "replacement": ("child.py", "if verdict[0] is Kind.FAILED:", "if False:", ["reuse"]),
+    "replacement": ("child.py", "if verdict[0] == Kind.FAILED:", "if False:", ["reuse"]),
     "a process each": ("worker.py", 'reuse = 1 if self._config.isolate == "completion" else', "reuse =",
                        ["patches for the next"]),
     "no pickle": ("child.py", "if not _MESSAGE.size <=",
