@@ -83,7 +83,7 @@ def _place(
     total = cumulative[:, -1:]
     target = draws[:, None].double() * total
     found = torch.searchsorted(cumulative, target, right=True)
-    # Rounding may take a draw to the very end: that is the last part of positive mass.
+    # A draw that was rounded up to 1 falls on the last part of positive mass.
     found = torch.minimum(found, (cumulative < total).sum(dim=-1, keepdim=True))
     mass = masses.gather(1, found)
     below = cumulative.gather(1, found) - mass

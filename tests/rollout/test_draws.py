@@ -116,6 +116,8 @@ def test_a_token_without_a_chance_is_never_drawn():
     tokens = drawn(logits.log_softmax(dim=-1), [0.0, 1e-300, 0.2, 0.5, LAST])
     assert tokens[0] == tokens[1] == 300 and tokens[-1] == 640
     assert set(tokens) <= {300, 301, 640}
+    # Draws are below 1, and one that was rounded up to it must not fall off the end.
+    assert drawn(logits.log_softmax(dim=-1), [1.0])[0] == 640
 
 
 @pytest.mark.parametrize("words", [72, 3001])
