@@ -15,6 +15,7 @@ from torch.nn.functional import layer_norm
 from experts.cache import FeatureCache
 from experts.config import CacheConfig, ExpertConfig
 from experts.encoder import Encoder, build_encoder
+from experts.stops import cut_at_stop
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -177,13 +178,14 @@ class Expert:
         seconds = time.perf_counter() - start
         return Encoded(self.config.name, (), (), 0, 0, seconds, tuple(rows), said, operations=spent, cold=spent)
 
-    def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
-        """The expert's own greedy answers, as texts."""
+    def answer(self, prompts: Sequence[Messages], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """The expert's own greedy answers, as texts, each up to the first stop string in it."""
         answers: list[str] = []
         for at in range(0, len(prompts), self.config.batch):
             rows = [self._tokens(messages) for messages in prompts[at : at + self.config.batch]]
             new = self.encoder.answer(rows, max_new_tokens)
-            answers += [self.frozen.tokenizer.decode(_until(row, self.frozen.end_tokens)) for row in new]
+            texts = [self.frozen.tokenizer.decode(_until(row, self.frozen.end_tokens)) for row in new]
+            answers += [cut_at_stop(text, stop) for text in texts]
         return answers
 
     def _length(self, prompts: Sequence[Messages]) -> float:
