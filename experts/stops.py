@@ -30,7 +30,7 @@ class StopStrings:
         self.stops = tuple(stops)
         self._tokenizer = tokenizer
         # What is shown of half a character depends on what stands around it.
-        self._pieces = None if any(BROKEN in stop for stop in stops) else _pieces_of(tokenizer)
+        self._pieces = _pieces_of(tokenizer) if stops and BROKEN not in "".join(stops) else None
         self._longest = max((len(stop.encode()) for stop in stops), default=0)
         self._ends = tuple(stop[at:] for stop in stops for at in range(1, len(stop)))
         self._may_end: dict[int, bool] = {}

@@ -89,8 +89,10 @@ class _Row:
 
     def completes(self, token: int) -> bool:
         """Whether the sample's text ends with this token."""
+        if not self.stops:
+            return False
         self.said.append(token)
-        return bool(self.stops) and self.stops.end(self.said)
+        return self.stops.end(self.said)
 
 
 class ContinuousBatch:

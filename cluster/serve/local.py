@@ -98,7 +98,7 @@ class Musketeers:
         samples: int = 1,
         seed: int = 0,
         hidden: Sequence[str] = (),
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[Answer]:
         """An answer to every prompt, in one batch.
 
@@ -113,7 +113,7 @@ class Musketeers:
             stop: texts that end an answer, in addition to the run's own.
 
         Raises:
-            ValueError: when a prompt is too long, or no expert has such a name.
+            ValueError: when a prompt is too long, no expert has such a name, or a stop string is empty.
         """
         asked = self._prompts(prompts)
         if unknown := set(hidden) - set(self.names):
@@ -126,7 +126,9 @@ class Musketeers:
         known = self.policy.stand_ins
         places = [self.names.index(name) for name in hidden if name not in known]
         stand_ins = {self.names.index(name): known[name] for name in hidden if name in known}
-        stops = tuple(dict.fromkeys((*self.opened.config.sampling.stop, *stop)))
+        stops = tuple(dict.fromkeys((*self.opened.config.sampling.stop, *([stop] if isinstance(stop, str) else stop))))
+        if "" in stops:
+            raise ValueError("a stop string must not be empty")
         sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples, stop=stops)
         encoded = [_without_answers(part) if part.expert in hidden else part for part in self._encoded(asked)]
         self.policy.check_room(self.policy.messages_for(asked, encoded), limit)
