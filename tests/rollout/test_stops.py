@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import decoders
 
@@ -17,7 +19,7 @@ from rollout.detokenizer import Detokenizer, Stops
 from rollout.draws import token_uniforms
 from rollout.engine import Request, TransformersEngine
 from rollout.types import Completion, FinishReason, Sampling
-from tests.experts.test_stops import TOKENIZERS, naive
+from tests.experts.test_stops import MADE, TOKENIZERS, naive
 from tests.models import by_pieces, make
 
 PROMPTS = ([5, 9, 4], [7, 3, 8, 6, 2], [4, 4])
@@ -133,3 +135,15 @@ def test_what_cannot_be_a_stop_string_is_refused() -> None:
     for wrong, why in [([""], "must not be empty"), (["a"] * 17, "at most 16"), ("a", "valid tuple"), ([1], "string")]:
         with pytest.raises(ValidationError, match=why):
             SamplingConfig.model_validate({"stop": wrong})
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(data=st.data())
+@settings(max_examples=60)
+def test_the_pieces_of_a_stream_are_the_whole_text(kind: str, data: st.DataObject) -> None:
+    """Also the space that some tokenizers leave out in front of the first word; bytes that are no characters aside."""
+    tokens = [at for at, name in enumerate(TOKENIZERS[kind][0]) if name not in ("<0xC3>", "<0xA9>", "<0xF0>", "<0x9F>")]
+    said = data.draw(st.lists(st.sampled_from(tokens), max_size=12))
+    stream = Detokenizer(MADE[kind], ())
+    pieces = [stream.add((token,)) for token in said]
+    assert "".join([*pieces, stream.add((), last=True)]) == MADE[kind].decode(said)

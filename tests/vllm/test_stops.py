@@ -20,7 +20,7 @@ from tests.learner.world import World, router_config
 from tests.models import by_pieces, make
 from tests.vllm.conftest import ENGINE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # an engine takes minutes to start beside other tests
 LIMIT = 24
 PROMPTS = ([5, 9, 4], [7] * 30, [4, 4], [33], [60, 3], [20, 21, 22])
 PIECES = {
