@@ -95,6 +95,7 @@ def named(kind: str, *tokens: str) -> list[int]:
         ("byte level", ["a", "Ċ", "Ċ", "Q", "a"], ["\n\nQ"], 4, "a"),  # over several
         ("byte level", ["ĊĊ", "a"], ["\n"], 1, ""),  # at once
         ("byte level", ["a", "ðŁ", "¦", "Ļ", "a"], ["🦙"], 4, "a"),  # a character in three
+        ("byte level", ["a", *["ðŁ", "¦", "Ļ"] * 2], ["🦙🦙"], 7, "a"),
         ("byte level", ["a", "ĊÃ", "©", "a"], ["\n"], 2, "a"),  # behind it half a character
         ("byte level", ["a", "ĊÃ", "©Q"], ["\né"], 3, "a"),
         ("byte level", ["a", "aQ:b"], ["Q:b", "a", "Q:"], 1, ""),
@@ -103,6 +104,9 @@ def named(kind: str, *tokens: str) -> list[int]:
         ("byte fallback", ["a", "<0x9F>", "<0x0A>", "<0x0A>", "Q"], ["\n\n"], None, "a\ufffd\ufffd\ufffdQ"),
         ("byte fallback", ["▁Q", ":"], [" Q"], None, "Q:"),  # the first space is no part of the text
         ("byte fallback", ["a", "▁Q", ":"], [" Q"], 2, "a"),
+        # One byte that is no character makes none of those beside it.
+        ("byte fallback", ["a", "<0x9F>", *["<0x51>"] * 5, "<0x0A>", "<0x0A>"], ["\n\n"], None, "a" + "\ufffd" * 8),
+        ("metaspace", ["a", "▁▁", "a", "Q"], [" aQ"], 4, "a "),  # spaces at the front of what is decoded again
         ("words with ends", ["Q</w>", "a"], ["Q "], 2, ""),  # the space comes with the next token
         ("byte level", ["<end>", "<|x|>"], ["<|x"], 2, "<end>"),
     ],
