@@ -51,6 +51,7 @@ RESUMABLE = (
     "policy.tensor_parallel",
     "policy.max_model_tokens",
     "policy.eager",
+    "policy.self_check",
     "experts.N.replicas",
     "experts.N.cpus",
     "experts.N.gpus",
@@ -60,6 +61,7 @@ RESUMABLE = (
     "experts.N.tensor_parallel",
     "experts.N.max_model_tokens",
     "experts.N.eager",
+    "experts.N.self_check",
 )
 
 

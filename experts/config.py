@@ -27,6 +27,8 @@ class EngineConfig(BaseModel):
     max_model_tokens: longest sequence that vLLM prepares for, prefix and answer included; None takes the model's own.
     eager: vLLM without compilation and CUDA graphs; None means eager without a GPU and compiled with one.
     threads: torch threads of a worker; 0 takes the run's `threads`.
+    self_check: when the model is loaded, compares the ways in which it is read and refuses it where they differ; a few
+        hundred tokens are read for it.  See docs/models.md.
     """
 
     model_config = FROZEN
@@ -41,6 +43,7 @@ class EngineConfig(BaseModel):
     max_model_tokens: int | None = Field(None, ge=2)
     eager: bool | None = None
     threads: int = Field(0, ge=0)
+    self_check: bool = True
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.nn.functional import layer_norm
 from experts.cache import FeatureCache
 from experts.config import CacheConfig, ExpertConfig
 from experts.encoder import Encoder, build_encoder
+from experts.selfcheck import Finding, check_expert, require
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -96,6 +98,11 @@ class Expert:
         self._fingerprint = self._feature_fingerprint()
         self._cache_key = f"{self._fingerprint}|{config.dtype}|{config.engine}"
         self._read, self._prompts = 0, 0  # tokens and prompts that went through the model to be encoded
+        if config.self_check:
+            with contextlib.ExitStack() as built:
+                built.callback(self.close)
+                require(self.self_check(), path, f"expert {config.name!r}")
+                built.pop_all()
 
     def __repr__(self) -> str:
         return f"Expert({self.config.name})"
@@ -110,6 +117,10 @@ class Expert:
     def close(self) -> None:
         """Ends the engine."""
         self.encoder.close()
+
+    def self_check(self) -> list[Finding]:
+        """See `experts.selfcheck`."""
+        return check_expert(self.encoder, self.config, self._tokens)
 
     def info(self) -> dict[str, Any]:
         """Name, width, parameters and fingerprints, for the router's metadata and the run's summary."""

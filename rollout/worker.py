@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ from experts.loading import load_embeddings, load_frozen
 from experts.operations import RouterOperations, states_of
 from experts.prefix import prefix_hash, sketch
 from experts.router import chooses, closed_choice
+from experts.selfcheck import Finding, require
 from experts.standins import stood_in
 from experts.state import RouterShape, RouterSnapshot, build_router, embedding_rms, put_arrays, stack_features
 from rollout.config import PolicyConfig
 from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
 from rollout.engine import PolicyEngine, Request, TransformersEngine
 from rollout.operations import Operations
+from rollout.selfcheck import check_policy
 from rollout.text import cut, with_answers
 from rollout.types import Completion, Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
 
@@ -68,6 +71,12 @@ class RolloutWorker:
         self._stamp: RouterStamp | None = None
         # Calls come from several threads where the engine batches over them; the router belongs to one at a time.
         self._router_lock = threading.Lock()
+        self._longest = policy.max_model_tokens
+        if policy.self_check:
+            with contextlib.ExitStack() as built:
+                built.callback(self.close)
+                require(self.self_check(), path, "the policy")
+                built.pop_all()
 
     def __repr__(self) -> str:
         return f"Rollout({self.index})"
@@ -82,6 +91,10 @@ class RolloutWorker:
     def close(self) -> None:
         """Ends the engine."""
         self.engine.close()
+
+    def self_check(self) -> list[Finding]:
+        """See `experts.selfcheck`."""
+        return check_policy(self.engine, self._embedding_rms, self._longest)
 
     def info(self) -> dict[str, Any]:
         """Width, parameters and fingerprints of the policy, for the router's shape and the run's summary."""

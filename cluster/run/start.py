@@ -82,6 +82,7 @@ def learner_spec(config: RunConfig, shape: RouterShape) -> LearnerSpec:
         threads=share_of_cores(config, config.learner.ranks, config.learner.threads),
         lora=config.policy.lora,
         experts_dtypes=tuple(expert.dtype for expert in config.experts),
+        self_check=config.policy.self_check,
     )
 
 
