@@ -39,7 +39,7 @@ REMEDIES = {
     "two prompts": "take pool: last (the first token of a causal model knows nothing of the prompt), or another layer",
     "answers": "take the other engine, or another version of it: an answer would depend on what else is in the batch",
 }
-TEXTS = ("What is 3 + 4?", "Name 2 cats, or more")
+TEXTS = ("What is 3 + 4?", "What do 2 cats eat, or 3?")  # that begin with one token
 NEW, SAMPLES, SLOTS = 4, 2, 3
 LONG, REACH = 24, 160  # tokens of the longest prompt, and of one that is to reach beyond a sliding window
 
@@ -67,10 +67,14 @@ class Tolerance:
     change: float
 
 
+# Measured over the 46 architectures of tests/architectures.py and over random Qwen3 and Qwen3-MoE models of 24 and 28
+# layers, the worst values: 2e-5 in float32, 0.007 in float16, 0.041 in bfloat16; gradients 1e-5, 0.042 and 0.048.  The
+# limits leave room for trained models, routers of experts that flip, and TF32 on GPUs.  Faults of the past were 0.06 to
+# 1.5 there; gradients were off by 0.4 and more; a prefix changed 0.08 and more, other prompts 0.5.
 TOLERANCES = {
-    torch.float32: Tolerance(1e-3, 1e-2, 1e-5),
+    torch.float32: Tolerance(3e-3, 1e-2, 1e-5),
     torch.float16: Tolerance(0.05, 0.2, 1e-3),
-    torch.bfloat16: Tolerance(0.2, 0.5, 1e-3),
+    torch.bfloat16: Tolerance(0.15, 0.3, 1e-3),
 }
 
 

@@ -120,9 +120,9 @@ def _check_vllm(engine: VllmPolicyEngine, probe: Probe, limits: Tolerance) -> li
     """Against the engine itself, by greedy answers: its weights are nowhere else."""
     requests, greedy = _requests(probe), Sampling(temperature=0.0, max_new_tokens=NEW, samples=1)
 
-    def asked(rows: Sequence[int], closed: bool = False) -> list[Completion]:
-        some = [replace(requests[row], open=probe.open[row] and not closed) for row in rows]
-        return [group[0] for group in engine.generate(some, probe.prefix[list(rows)], greedy)]
+    def asked(rows: Sequence[int], without: bool = False) -> list[Completion]:
+        prefix = None if without else probe.prefix[list(rows)]
+        return [group[0] for group in engine.generate([requests[row] for row in rows], prefix, greedy)]
 
     def read_as_ids(row: int) -> Completion:
         ((sample,),) = engine.engine.generate([probe.tokens[row]], 1, 0.0, NEW, (), None)
@@ -133,14 +133,14 @@ def _check_vllm(engine: VllmPolicyEngine, probe: Probe, limits: Tolerance) -> li
         return at_most(worst, limits.values, "a nat" + probe.unreached)
 
     def prefix() -> tuple[bool, str]:
-        (shown,), (hidden,) = asked([0]), asked([0], closed=True)
+        (shown,), (hidden,) = asked([0]), asked([0], without=True)
         changed = shown.tokens.tolist() != hidden.tokens.tolist()
         return at_least(max(_greedy_difference(shown, hidden), float(changed)), limits.change, "a nat")
 
     together = functools.cache(lambda: asked([0, 1, 2]))
     return [
         look("repeatable", lambda: agree(asked([1]), asked([1]))),
-        look("embeddings", lambda: agree(asked([1], closed=True), [read_as_ids(1)])),
+        look("embeddings", lambda: agree(asked([1], without=True), [read_as_ids(1)])),
         look("prefix", prefix),
         look("batch", lambda: agree(together()[:2], [asked([row])[0] for row in (0, 1)])),
         look("gate", lambda: agree(together()[2:], [read_as_ids(2)])),

