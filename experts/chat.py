@@ -59,8 +59,12 @@ class Chat:
 
     def __init__(self, tokenizer: Any, settings: ChatSettings | None = None) -> None:
         self.tokenizer, self.settings = tokenizer, settings or ChatSettings()
-        self.template = template_of(tokenizer)
         check_variables(self.template, self.settings.variables)
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that ordinary conversations are rendered by; None where there is none."""
+        return str(self.tokenizer.get_chat_template()) if getattr(self.tokenizer, "chat_template", None) else None
 
     @property
     def prints_date(self) -> bool:
@@ -258,13 +262,6 @@ def renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """A pattern that finds any of these texts, the longest one where several begin."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
-
-
-def template_of(tokenizer: Any) -> str | None:
-    """The chat template that ordinary conversations are rendered by; None where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    return str(tokenizer.get_chat_template())
 
 
 def check_variables(template: str | None, variables: Mapping[str, Scalar]) -> None:

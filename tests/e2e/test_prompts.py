@@ -11,7 +11,8 @@ import pytest
 
 from cluster.run import groups
 from cluster.run.folder import RunFolder
-from experts.loading import load_tokenizer, tokenize
+from experts.chat import Chat
+from experts.loading import load_tokenizer
 from rewards.sources import build_tasks
 from rewards.stream import PromptStream
 from tests.e2e.conftest import Runs
@@ -54,7 +55,7 @@ def test_a_run_resumed_under_another_hash_seed_sees_the_same_prompts_and_refuses
     tokenizer = load_tokenizer(config.policy.model)
     for step in (1, 2):
         for group in groups.read(folder.groups, step, stream.prompt):
-            assert tokenize(tokenizer, group.prompt.messages) == group.prompt_tokens.tolist()
+            assert Chat(tokenizer).tokenize(group.prompt.messages) == group.prompt_tokens.tolist()
     change_digest(folder.path)
     said = refused(capsys, monkeypatch, "train", str(runs.recipe), *SHORT, "steps=3", "--resume")
     assert "the prompts of task 'products' differ from the run's" in said and "start a new run" in said

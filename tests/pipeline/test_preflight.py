@@ -12,7 +12,8 @@ import yaml
 
 from cluster.config import ConfigError, RunConfig, load, parse
 from cluster.run import preflight
-from experts.loading import ModelError, load_frozen, load_tokenizer, tokenize
+from experts.chat import Chat
+from experts.loading import ModelError, load_frozen, load_tokenizer
 from rewards.sources import build_tasks
 from tests import architectures
 from tests.models import make
@@ -143,7 +144,7 @@ def test_without_a_limit_the_longest_prompt_must_leave_room(models: Path) -> Non
     made = config(models, {}, VLLM)
     tasks = build_tasks(made.data)
     tokenizer = load_tokenizer(str(models / "good"))
-    longest = max(len(tokenize(tokenizer, prompt.messages)) for prompt in tasks["digits"].train)
+    longest = max(len(Chat(tokenizer).tokenize(prompt.messages)) for prompt in tasks["digits"].train)
     enough = config(models, {}, VLLM | {"max_model_tokens": longest + 18}, **short)
     assert preflight.check_prompts(enough, tasks, print) == tasks
     with pytest.raises(ConfigError, match=rf"the longest prompt .*data.max_prompt_tokens\) {longest} \+ router"):
