@@ -173,7 +173,10 @@ class Chat:
     def _control(self) -> dict[str, int]:
         """The control tokens' ids by their text; one of a single character is that character, and ordinary."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return {token.content: at for at, token in added.items() if token.special and len(token.content) > 1}
+        found = {token.content: at for at, token in added.items() if token.special}
+        named = [str(text) for text in self.tokenizer.all_special_tokens]  # an end token need not be marked as special
+        found |= dict(zip(named, self.tokenizer.convert_tokens_to_ids(named), strict=True))
+        return {text: at for text, at in found.items() if len(text) > 1}
 
     @functools.cached_property
     def _names(self) -> re.Pattern[str]:
