@@ -17,7 +17,8 @@ from experts.chat import Chat, ChatError, ChatSettings, PromptStyle, worded
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endfor %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 )
 DATED = "{{ bos_token }}Today is {{ strftime_now('%d %B %Y') }}.{% for m in messages %} {{ m['content'] }}{% endfor %}"
 WORDS = ["user assistant say the sum of 12 + 4 = 16, and think. </ im_end|> < / s > | a b<s>ab </s>"] * 4
