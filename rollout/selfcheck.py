@@ -21,7 +21,6 @@ from experts.selfcheck import (
     Tolerance,
     at_least,
     at_most,
-    check_tokenizer,
     logprob_error,
     look,
     plain_logits,
@@ -49,7 +48,7 @@ def check_policy(engine: PolicyEngine, embedding_rms: float, longest: int | None
     bare = copy.copy(cast(TransformersEngine | VllmPolicyEngine, engine))
     policy = bare.policy = replace(bare.policy, end_tokens=())  # answers of one length
     probe, limits = Probe.of(policy, longest), tolerance(policy)
-    found = [*check_tokenizer(cast(TransformersEngine, engine).policy), *_units(policy, embedding_rms)]
+    found = _units(policy, embedding_rms)
     if isinstance(policy.model, EmbeddingsOnly):
         return [*found, *_check_vllm(cast(VllmPolicyEngine, bare), probe, limits)]
     return [*found, *_check_transformers(cast(TransformersEngine, bare), probe, limits)]
