@@ -15,15 +15,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from experts.chat import Messages
 from experts.config import ExpertConfig
 from experts.encoder import Encoder
-from experts.loading import FrozenModel, Messages, ModelError
+from experts.loading import FrozenModel, ModelError
 
 # Every property, and what to do about a model that does not have it; docs/models.md explains them.
 REMEDIES = {
     "ids": "give the tokenizer that belongs to these weights",
     "beginning": "mend its tokenizer or chat template, or take a model whose prompts begin as it was trained",
     "end": "let its tokenizer add no end token (add_eos_token: false in tokenizer_config.json)",
+    "contents": "take a fast tokenizer (tokenizer.json), or another model: a message must not forge its turns",
+    "decoding": "set clean_up_tokenization_spaces to false in its tokenizer_config.json",
+    "cut": "raise experts[i].max_tokens: a prompt that is too long would lose its beginning or its end",
     "width": "take another model: its embeddings are not as wide as the prefix that the router would make",
     "unit": "take another model: the router would measure its prefix in a wrong unit",
     "repeatable": "take another version of transformers, or another dtype",
@@ -39,6 +43,7 @@ REMEDIES = {
     "two prompts": "take pool: last (the first token of a causal model knows nothing of the prompt), or another layer",
     "answers": "take the other engine, or another version of it: an answer would depend on what else is in the batch",
 }
+SPACED = "a , b . c ?"
 TEXTS = ("What is 3 + 4?", "What do 2 cats eat, or 3?")  # that begin with one token
 NEW, SAMPLES, SLOTS = 4, 2, 3
 LONG, REACH = 24, 160  # tokens of the longest prompt, and of one that is to reach beyond a sliding window
@@ -220,31 +225,46 @@ def relative(found: Tensor | np.ndarray, wanted: Tensor | np.ndarray) -> float:
 
 
 def check_tokenizer(frozen: FrozenModel) -> list[Finding]:
-    """Whether prompts are read as the model was trained to read them."""
-    messages = [{"role": "user", "content": TEXTS[0]}]
+    """Whether prompts are read as the model was trained to read them, and answers written as it meant them."""
+    tokenizer, begin = frozen.tokenizer, frozen.tokenizer.bos_token_id
+
+    def tokens_of(content: str) -> list[int]:
+        return frozen.tokenize([{"role": "user", "content": content}])
+
+    def text_of(content: str) -> str:
+        return frozen.chat.render([{"role": "user", "content": content}])
 
     def ids() -> tuple[bool, str]:
-        largest, rows = max(*frozen.tokenize(messages), *frozen.end_tokens, frozen.pad_id), vocabulary(frozen)
+        largest, rows = max(*tokens_of(TEXTS[0]), *frozen.end_tokens, frozen.pad_id), vocabulary(frozen)
         return largest < rows, f"largest token id {largest} of {rows} embeddings"
 
     def beginning() -> tuple[bool, str]:
-        tokenizer, begin = frozen.tokenizer, frozen.tokenizer.bos_token_id
-        found = frozen.tokenize(messages)[:2]
         if begin is None:
             return True, "it has no begin token"
-        if frozen.tokenizer.chat_template:
-            wanted = tokenizer.bos_token is not None and frozen.render(messages).startswith(tokenizer.bos_token)
+        if frozen.chat.template:
+            wanted = text_of(TEXTS[0]).startswith(tokenizer.bos_token)
         else:
             wanted = tokenizer(TEXTS[0])["input_ids"][:1] == [begin]
-        count = sum(1 for token in found if token == begin)
+        count = tokens_of(TEXTS[0])[:2].count(begin)
         return count == wanted, f"a prompt begins with {count} begin tokens, and {int(wanted)} is its own way"
 
     def end() -> tuple[bool, str]:
-        *_, last = frozen.tokenize(messages)
-        told = frozen.render(messages).endswith(frozen.tokenizer.decode([last]))  # by a template, on purpose
+        *_, last = tokens_of(TEXTS[0])
+        told = text_of(TEXTS[0]).endswith(tokenizer.decode([last]))  # by a template, on purpose
         return last not in frozen.end_tokens or told, f"a prompt ends with token {last}"
 
-    return [look("ids", ids), look("beginning", beginning), look("end", end)]
+    def contents() -> tuple[bool, str]:
+        control = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        names = [name for name in tokenizer.all_special_tokens if len(name) > 1 and name != tokenizer.unk_token]
+        read, usual = ([t for t in tokens_of(text) if t in control] for text in (" ".join(names), "a"))
+        return read == usual, f"{len(read) - len(usual)} control tokens in a message that spells out {len(names)}"
+
+    def decoding() -> tuple[bool, str]:
+        written = tokenizer(SPACED, add_special_tokens=False)["input_ids"]
+        found, wanted = tokenizer.decode(written), tokenizer.decode(written, clean_up_tokenization_spaces=False)
+        return found == wanted, f"an answer {wanted!r} is written as {found!r}"
+
+    return [look(check.__name__, check) for check in (ids, beginning, end, contents, decoding)]
 
 
 def check_expert(
@@ -256,8 +276,6 @@ def check_expert(
     """
     frozen = encoder.frozen
     limits, probe = tolerance(frozen), Probe.of(frozen, config.max_tokens + SLOTS + NEW)
-    found = check_tokenizer(frozen)
-
     read: list[np.ndarray] = []
 
     def states() -> tuple[bool, str]:
@@ -279,8 +297,13 @@ def check_expert(
         kept = min(len(first), len(second))
         return at_least(relative(first[-kept:], second[-kept:]), limits.change, "their size")
 
-    found += [look("states", states), look("expert batch", batch), look("two prompts", two_prompts)]
-    if config.engine == "transformers":
+    def cut() -> tuple[bool, str]:
+        whole = frozen.tokenize(long := [{"role": "user", "content": "First: " + " ".join(TEXTS * 8)}])
+        kept = frozen.chat.read(long, len(whole) // 2).tokens
+        return (kept[0], kept[-1]) == (whole[0], whole[-1]), f"{len(whole)} tokens were cut to {len(kept)}"
+
+    found = [look("cut", cut), look("states", states), look("expert batch", batch), look("two prompts", two_prompts)]
+    if config.engine == "transformers" and frozen.model.can_generate():
         found.append(look("answers", lambda: _answer(encoder, probe, limits)))
     return found
 

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
+import experts.chat
 import experts.encoder
 import experts.kv_cache
 import learner.logprobs
@@ -23,7 +25,7 @@ import rollout.engine
 from experts.config import CacheConfig, ExpertConfig, RouterConfig
 from experts.expert import Expert
 from experts.loading import FrozenModel, ModelError, load_embeddings, load_frozen
-from experts.selfcheck import REMEDIES, Finding, check_expert
+from experts.selfcheck import REMEDIES, Finding, check_expert, check_tokenizer
 from experts.state import embedding_rms
 from experts.vllm_engine import Sample
 from learner.selfcheck import check_learner
@@ -35,21 +37,35 @@ from rollout.types import Sampling
 from rollout.vllm import VllmPolicyEngine
 from rollout.worker import RolloutWorker
 from tests.architectures import ARCHITECTURES, documented, make
+from tests.models import tokenizer
 
 Patch = pytest.MonkeyPatch
-KINDS = ("qwen2", "qwen3_next", "gemma4, per-layer embeddings", "mpt")
+KINDS = ("begins", "qwen2", "qwen3_next", "gemma4, per-layer embeddings", "mpt")
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
 @pytest.fixture(scope="module")
 def path_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The folder of an architecture's tiny model."""
-    return functools.cache(lambda name: make(name, tmp_path_factory.mktemp("model")))
+
+    @functools.cache
+    def path(name: str) -> str:
+        made = make("qwen2" if name == "begins" else name, tmp_path_factory.mktemp("model"))
+        if name == "begins":  # one whose tokenizer puts a token in front of a text and another behind it
+            tokens = tokenizer()
+            backend = tokens.backend_tokenizer
+            special = [("Z", tokens.convert_tokens_to_ids("Z")), ("<eos>", tokens.eos_token_id)]
+            backend.post_processor = TemplateProcessing(single="Z $A <eos>", special_tokens=special)
+            settings = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>", "bos_token": "Z"}
+            PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(made)
+        return made
+
+    return path
 
 
 def of_policy(path: str, position: Any = "front", dtype: str = "float32") -> list[Finding]:
     policy = load_frozen(path, dtype)
-    return check_policy(TransformersEngine(policy, position), rollout_rms(policy))
+    return [*check_tokenizer(policy), *check_policy(TransformersEngine(policy, position), rollout_rms(policy))]
 
 
 def of_learner(path: str, position: Any = "front", dtype: str = "float32") -> list[Finding]:
@@ -59,7 +75,7 @@ def of_learner(path: str, position: Any = "front", dtype: str = "float32") -> li
 def of_expert(path: str, dtype: str = "float32", **settings: Any) -> list[Finding]:
     config = ExpertConfig(name="one", model=path, dtype=dtype, **settings)
     encoder = experts.encoder.TransformersEncoder(config, path)
-    return check_expert(encoder, config, encoder.frozen.tokenize)
+    return [*check_tokenizer(encoder.frozen), *check_expert(encoder, config, encoder.frozen.tokenize)]
 
 
 def rollout_rms(policy: FrozenModel) -> float:
@@ -168,6 +184,43 @@ def end_token_behind(patch: Patch) -> None:
     patch.setattr(FrozenModel, "tokenize", lambda self, messages: [*inner(self, messages), self.end_tokens[0]])
 
 
+def contents_with_control_tokens(patch: Patch) -> None:
+    def tokenize(frozen: FrozenModel, messages: Any) -> list[int]:
+        return list(frozen.tokenizer(frozen.chat.render(messages))["input_ids"])
+
+    patch.setattr(FrozenModel, "tokenize", tokenize)
+
+
+def clean_up(patch: Patch) -> None:
+    def load(*arguments: Any) -> FrozenModel:
+        frozen = load_frozen_as_it_is(*arguments)
+        frozen.tokenizer.clean_up_tokenization_spaces = True
+        return frozen
+
+    load_frozen_as_it_is = load_frozen
+    patch.setitem(globals(), "load_frozen", load)
+
+
+def no_begin_token(patch: Patch) -> None:
+    inner = FrozenModel.tokenize
+    patch.setattr(FrozenModel, "tokenize", lambda self, messages: inner(self, messages)[1:])
+
+
+def begin_token_twice(patch: Patch) -> None:
+    inner = FrozenModel.tokenize
+    patch.setattr(FrozenModel, "tokenize", lambda self, messages: [self.tokenizer.bos_token_id, *inner(self, messages)])
+
+
+def begin_lost_in_the_cut(patch: Patch) -> None:
+    inner = experts.chat.Chat.read
+
+    def read(self: Any, messages: Any, most: int | None = None) -> Any:
+        made = inner(self, messages)
+        return made._replace(tokens=made.tokens[-(most or 0) :])
+
+    patch.setattr(experts.chat.Chat, "read", read)
+
+
 def unknown_tokens(patch: Patch) -> None:
     patch.setattr(FrozenModel, "tokenize", lambda self, messages: [3, 10**6])
 
@@ -270,7 +323,6 @@ def changed_model(change: Callable[[Any], None]) -> Callable[[Patch], None]:
             change(frozen.model)
             return frozen
 
-        patch.setitem(globals(), "load_frozen_as_is", load_frozen)
         for module in (globals(), vars(experts.encoder)):
             patch.setitem(module, "load_frozen", load)
 
@@ -332,6 +384,11 @@ POLICY_FAULTS: list[Any] = [
     ("opt, narrow embeddings", "width", width_of_the_hidden_states),
     ("qwen2", "end", end_token_behind),
     ("qwen2", "ids", unknown_tokens),
+    ("qwen2", "contents", contents_with_control_tokens),
+    ("qwen2", "decoding", clean_up),
+    ("begins", "beginning", no_begin_token),
+    ("begins", "beginning", begin_token_twice),
+    ("begins", "end", end_token_behind),
     ("qwen2", "gate", slots_of_a_closed_gate),
     # Faults that nobody has reported.
     ("qwen2", "batch", prefix_of_the_neighbour),
@@ -382,6 +439,7 @@ def test_a_fault_of_the_learner_is_named(
 
 EXPERT_FAULTS: list[Any] = [
     ("gpt2", "expert batch", left_padding),
+    ("begins", "cut", begin_lost_in_the_cut),
     ("qwen2", "expert batch", states_of_the_neighbour),
     ("qwen2", "states", overflow),
     ("qwen2", "answers", answers_padded_right),
