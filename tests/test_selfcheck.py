@@ -195,6 +195,7 @@ def clean_up(patch: Patch) -> None:
     def load(*arguments: Any) -> FrozenModel:
         frozen = load_frozen_as_it_is(*arguments)
         frozen.tokenizer.clean_up_tokenization_spaces = True
+        frozen.tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
         return frozen
 
     load_frozen_as_it_is = load_frozen
