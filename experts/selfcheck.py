@@ -90,7 +90,7 @@ class Probe:
     tokens: of a short, a long and a middle prompt; open: whether each gets its prefix.
     prefix: (prompts, slots, width), as large as the embeddings.
     answers: for every prompt, as many.
-    window: what the longest does not reach beyond, for people.
+    unreached: that the longest does not reach beyond a sliding window, for people.
     """
 
     tokens: tuple[list[int], ...]
@@ -105,6 +105,7 @@ class Probe:
         config, draws = frozen.model.config.get_text_config(), np.random.default_rng(0)
         window = _window(config)
         room = (longest or getattr(config, "max_position_embeddings", None) or REACH + LONG) - SLOTS - NEW
+        room = max(room, 2)
         long = min(window + 8 if window and window + 8 <= REACH else LONG, room)
         drawn = _ordinary(frozen, draws)
         tokens = [[next(drawn) for _ in range(min(length, room))] for length in (5, long, 12)]
@@ -291,8 +292,8 @@ def check_expert(
 
     def two_prompts() -> tuple[bool, str]:
         one, other = (list(tokens_of([{"role": "user", "content": text}])) for text in TEXTS)
-        if one == other:  # a tokenizer that knows no such letters
-            one, other = probe.tokens[2], [*probe.tokens[2][:1], *probe.tokens[2][:0:-1]]
+        if one == other:  # a tokenizer that knows no such letters, or next to nothing is read of a prompt
+            one, other = ([probe.tokens[0][0], *tokens] for tokens in probe.answers[0])
         first, second = encoder.states([one, other])
         kept = min(len(first), len(second))
         return at_least(relative(first[-kept:], second[-kept:]), limits.change, "their size")
