@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from tokenizers import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -267,6 +268,15 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
 
 
+def variables_of(template: str) -> set[str]:
+    """Names that a chat template reads; of one in a dialect of its own, every word that stands in it."""
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateSyntaxError:
+        return set(re.findall(r"\w+", template))
+    return {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "load"}
+
+
 def check_variables(template: str | None, variables: Mapping[str, Scalar]) -> None:
     """Refuses variables that change nothing.
 
@@ -277,13 +287,14 @@ def check_variables(template: str | None, variables: Mapping[str, Scalar]) -> No
 
     if variables and template is None:
         raise ChatError(f"chat_template_kwargs: it has no chat template that could read {next(iter(variables))!r}")
+    read = variables_of(template or "")
     own = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
     for name in variables:
         if name == "strftime_now":
             raise ChatError("chat_template_kwargs: strftime_now is what data.date fixes: give that")
         if name in own:
             raise ChatError(f"chat_template_kwargs: {name!r} is set by n-Musketeers, not by a recipe")
-        if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template or ""):
+        if name not in read:
             raise ChatError(f"chat_template_kwargs: its chat template never reads {name!r}: leave it out")
 
 

@@ -196,7 +196,7 @@ class Expert:
         said = tuple(self.answer(prompts, max_new_tokens))
         readings = [self.read(messages) for messages in prompts]
         tokens = sum(len(each.tokens) for each in readings)
-        tokens += sum(len(self.frozen.tokenizer(text)["input_ids"]) + 1 for text in said)
+        tokens += sum(len(self.frozen.chat.text_tokens(text)) + 1 for text in said)
         spent = 2.0 * self.frozen.parameters * tokens
         seconds = time.perf_counter() - start
         cut = sum(each.cut for each in readings)

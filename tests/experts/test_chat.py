@@ -226,12 +226,16 @@ def test_the_variables_of_a_template() -> None:
     for name, reason in {
         "enable_thinkin": "its chat template never reads 'enable_thinkin'",
         "thinking": "never reads",
+        "assistant": "never reads",
         "messages": "'messages' is set by n-Musketeers",
         "add_generation_prompt": "is set by n-Musketeers",
         "strftime_now": r"data\.date",
     }.items():
         with pytest.raises(ChatError, match=f"^chat_template_kwargs: .*{reason}"):
             Chat(tokenizer, ChatSettings({name: False}))
+    plain, own = "{% if not day is defined %}{% set day = 'x' %}{% endif %}{{ day }}", "{% generation %}{{ day }}"
+    for template in (plain, own + "{% endgeneration %}"):
+        Chat(by_bytes(template), ChatSettings({"day": "Monday"}))
     with pytest.raises(ChatError, match="no chat template that could read 'enable_thinking'"):
         Chat(by_bytes(None), ChatSettings({"enable_thinking": False}))
 
