@@ -107,13 +107,11 @@ def _place(key: str, place: str, nodes: Sequence[Mapping[str, Any]]) -> Check:
 def config_checks(config: RunConfig) -> list[Check]:
     """Whether the models of a configuration are there."""
     from cluster.run.preflight import check_models, check_start, model_path
-    from cluster.zoo import paths as zoo
-    from cluster.zoo.recipe import load_recipe
 
     checks = []
     for key, reference in config.models().items():
         try:
-            if zoo.is_zoo(reference) and not zoo.is_built(zoo.world_folder(load_recipe(reference.split("/")[1]))):
+            if not is_built(reference):
                 checks.append(Check(key, True, f"{reference}: the first training builds it"))
                 continue
             found = describe(model_path(reference))
@@ -127,6 +125,14 @@ def config_checks(config: RunConfig) -> list[Check]:
         except ValueError as error:
             checks.append(Check("configuration", False, str(error), "see its key"))
     return checks
+
+
+def is_built(reference: str) -> bool:
+    """Whether a model of the zoo is there; others are not built."""
+    from cluster.zoo import paths as zoo
+    from cluster.zoo.recipe import load_recipe
+
+    return not zoo.is_zoo(reference) or zoo.is_built(zoo.world_folder(load_recipe(reference.split("/")[1])))
 
 
 def local_resources(config: RunConfig) -> Check:

@@ -77,8 +77,8 @@ class KnownBaselines:
 
 
 def fingerprints(experts: Iterable[Mapping[str, Any]], policy: Mapping[str, Any]) -> list[str]:
-    """Of the models, from what their workers say of them."""
-    return [str(info["fingerprint"]) for info in (*experts, policy)]
+    """Of the models, from what their workers say of them, and of those that print a date."""
+    return [str(info["fingerprint"]) + str(info.get("date", "")) for info in (*experts, policy)]
 
 
 def _has_own_code(task: Task) -> bool:
