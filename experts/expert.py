@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import layer_norm
 
+from experts.bidirectional import cut_inside
 from experts.cache import FeatureCache
 from experts.config import CacheConfig, ExpertConfig
 from experts.encoder import Encoder, build_encoder
@@ -119,6 +120,7 @@ class Expert:
             "parameters": self.frozen.parameters,
             "fingerprint": self._fingerprint,
             "sha256": self.sha256(),
+            "answers": not self.frozen.is_encoder,
         }
 
     @property
@@ -193,6 +195,8 @@ class Expert:
         return sum(len(self._tokens(messages)) for messages in prompts) / max(len(prompts), 1)
 
     def _tokens(self, messages: Messages) -> list[int]:
+        if self.frozen.is_encoder:
+            return cut_inside(self.frozen.tokenizer, self.frozen.render(messages), self.config.max_tokens)
         return self.frozen.tokenize(messages)[-self.config.max_tokens :]
 
     def _forward(self, prompts: Sequence[Messages]) -> list[np.ndarray]:
