@@ -43,7 +43,8 @@ def cut_inside(tokenizer: Any, text: str, limit: int) -> list[int]:
     """
     found = tokenizer(text, return_special_tokens_mask=True)
     tokens, special = found["input_ids"], found["special_tokens_mask"]
-    begin, end = _leading(special), _leading(special[::-1])
+    begin = _leading(special)
+    end = _leading(special[begin:][::-1])
     inside = tokens[begin : len(tokens) - end]
     room = max(limit - begin - end, 0)
     return [*tokens[:begin], *inside[len(inside) - min(room, len(inside)) :], *tokens[len(tokens) - end :]]

@@ -7,7 +7,6 @@ in front of a text, without which some models (Gemma) talk nonsense.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import shutil
 import struct
 from collections.abc import Mapping
@@ -144,7 +143,6 @@ def _check_room(folder: Path, model: Any) -> None:
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:
-    logging.getLogger(__name__).debug("reading %s", file, exc_info=error)
     return ModelError(
         f"model {str(file)!r} cannot be read ({type(error).__name__}: {_first_line(error)}): is it whole? Compare its "
         "size and hash with those of the place that it came from"

