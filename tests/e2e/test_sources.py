@@ -37,8 +37,7 @@ def test_a_gguf_policy_and_an_encoder_among_the_experts(
     assert any(key.startswith("attention/") and key.endswith("/reader") for key in lines[-1])
     samples = json.loads((runs.folder / "runs" / "run" / "samples.json").read_text())
     assert samples and all(set(each["experts"]) == {"one"} for each in samples)
-    alone = runs.train(
-        "steps=1", settings[0], "experts=[{name: reader, model: " + str(bert) + ", max_tokens: 16}]", "run=b"
-    )
+    reader = f"experts=[{{name: reader, model: {bert}, max_tokens: 16}}]"
+    alone = runs.train("steps=1", settings[0], reader, "run=alone")
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert "converting" not in alone.stdout
