@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import hashlib
 import os
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from experts.chat import PromptStyle
 from experts.config import CacheConfig, EngineConfig, ExpertConfig, RouterConfig
 from learner.config import AlgorithmConfig, LearnerConfig
 from rewards.config import DataConfig, RewardsConfig
@@ -256,6 +258,17 @@ class RunConfig(BaseModel):
         found: dict[str, EngineConfig] = {f"experts.{index}": expert for index, expert in enumerate(self.experts)}
         return {**found, "policy": self.policy}
 
+    @property
+    def prompt_style(self) -> PromptStyle:
+        """What is the same for all prompts of the run."""
+        return PromptStyle(self.data.date, self.data.template)
+
+    def dated(self, date: datetime.date | None) -> RunConfig:
+        """The configuration with this date, unless it has one."""
+        if self.data.date is not None:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"date": date})})
+
     def as_yaml(self) -> str:
         """The resolved configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -313,12 +326,21 @@ def _overridden(tree: Any, overrides: Sequence[str], where: str) -> RunConfig:
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         try:
-            _put(tree, key, yaml.safe_load(value))
+            _put(tree, key, yaml.load(value, _WithoutDates))
         except IndexError as error:
             raise ConfigError(f"override {override!r} cannot be applied: {error}") from error
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
     return parse(OmegaConf.to_container(tree, resolve=True), where, overrides)
+
+
+class _WithoutDates(yaml.SafeLoader):
+    """Reads dates as text, as OmegaConf does."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - yaml's own name
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _renamed(override: str) -> str:

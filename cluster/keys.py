@@ -51,6 +51,7 @@ RESUMABLE = (
     "policy.tensor_parallel",
     "policy.max_model_tokens",
     "policy.eager",
+    "policy.self_check",
     "experts.N.replicas",
     "experts.N.cpus",
     "experts.N.gpus",
@@ -60,6 +61,7 @@ RESUMABLE = (
     "experts.N.tensor_parallel",
     "experts.N.max_model_tokens",
     "experts.N.eager",
+    "experts.N.self_check",
 )
 
 
@@ -82,6 +84,8 @@ def changed_keys(saved: RunConfig, now: RunConfig) -> list[str]:
     free = list(RESUMABLE)
     if all(config.algorithm.choice_after == config.choice_after_by_itself for config in (saved, now)):
         free.append("algorithm.choice_after")  # it follows from the steps, which may change
+    if now.data.date is None:
+        free.append("data.date")  # the run keeps its own
     before, after = flat(saved.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [key for key in differing if not matches(key, free)]

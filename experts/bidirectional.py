@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -34,22 +33,3 @@ def encoder_arguments(config: Any) -> dict[str, Any]:
         return {}
     takes = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
-
-
-def cut_inside(tokenizer: Any, text: str, limit: int) -> list[int]:
-    """Token ids of a text with the tokens that the tokenizer puts around it; the last ones between those that fit.
-
-    limit: of all tokens together.
-    """
-    found = tokenizer(text, return_special_tokens_mask=True)
-    tokens, special = found["input_ids"], found["special_tokens_mask"]
-    begin = _leading(special)
-    end = _leading(special[begin:][::-1])
-    inside = tokens[begin : len(tokens) - end]
-    room = max(limit - begin - end, 0)
-    return [*tokens[:begin], *inside[len(inside) - min(room, len(inside)) :], *tokens[len(tokens) - end :]]
-
-
-def _leading(mask: Sequence[int]) -> int:
-    """How many ones a mask begins with."""
-    return next((index for index, each in enumerate(mask) if not each), len(mask))

@@ -27,6 +27,10 @@ class EngineConfig(BaseModel):
     max_model_tokens: longest sequence that vLLM prepares for, prefix and answer included; None takes the model's own.
     eager: vLLM without compilation and CUDA graphs; None means eager without a GPU and compiled with one.
     threads: torch threads of a worker; 0 takes the run's `threads`.
+    chat_template_kwargs: further variables of the model's chat template, such as `enable_thinking: false`; one that the
+        template never reads is refused.
+    self_check: when the model is loaded, compares the ways in which it is read and refuses it where they differ; a few
+        hundred tokens are read for it.  See docs/models.md.
     """
 
     model_config = FROZEN
@@ -41,6 +45,8 @@ class EngineConfig(BaseModel):
     max_model_tokens: int | None = Field(None, ge=2)
     eager: bool | None = None
     threads: int = Field(0, ge=0)
+    chat_template_kwargs: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    self_check: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -105,7 +111,14 @@ class ExpertConfig(EngineConfig):
     pool: which token's state stands for the prompt; `last_k` gives the router the last `last_k` states.  Encoders take
         `mean` or `first`, as they were trained.
     norm: `layer` normalises a state without parameters, `learned` also trains a gain and a bias in the router.
-    max_tokens: an expert sees at most the last so many of its own tokens.
+    max_tokens: an expert sees at most so many of its own tokens of a prompt.  From a longer one the middle is left out:
+        what stands before the first message (its BOS token, the chat template's header) stays, at least a quarter of
+        `max_tokens` and at most half, and the end; `experts/<name>/truncated` counts such prompts.
+    template: the expert's own wording of the last user message.  `{question}` is the question that `data.template` made
+        into that message, and `{prompt}` the message itself, as the policy reads it; of a message that is not of
+        `data.template`, such as a plug-in's or a chat client's, both are the whole message.  None leaves it as it is.
+    system: a system message for this expert in place of any other, such as that of `data.system`; an empty one leaves
+        out the others.  None leaves them as they are.
     replicas: workers, each with a copy of the model; a prompt goes to the one that its text says, so that caches
         work, and to the least loaded when that one has more to do.
     """
@@ -120,6 +133,8 @@ class ExpertConfig(EngineConfig):
     max_tokens: int = Field(512, ge=1)
     batch: int = Field(64, ge=1)
     replicas: int = Field(1, ge=1)
+    template: str | None = None
+    system: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -140,6 +155,16 @@ class ExpertConfig(EngineConfig):
                 f"{self.layer}"
             )
         return self
+
+    @field_validator("template")
+    @classmethod
+    def _asks_the_question(cls, template: str | None) -> str | None:
+        names = [] if template is None else re.findall(r"{([A-Za-z0-9_.-]+)}", template)
+        if template is not None and not {"prompt", "question"} & set(names):
+            raise ValueError("it has no {question} and no {prompt}: the expert would not see the question")
+        if unknown := [name for name in names if name not in ("prompt", "question")]:
+            raise ValueError(f"{{{unknown[0]}}} is neither {{question}} nor {{prompt}}")
+        return template
 
     @field_validator("name")
     @classmethod

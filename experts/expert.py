@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import layer_norm
 
-from experts.bidirectional import cut_inside
 from experts.cache import FeatureCache
+from experts.chat import ChatSettings, Messages, PromptStyle, Reading, worded
 from experts.config import CacheConfig, ExpertConfig
 from experts.encoder import Encoder, build_encoder
-
-Messages = Sequence[Mapping[str, Any]]
+from experts.selfcheck import Finding, check_expert, check_tokenizer, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Encoded:
     answers: the expert's own, instead of features, where these were asked for.
     operations, cold: floating-point operations of it, and what they would be without a cache (estimated, 2 for every
         parameter and token).
+    cut: number of prompts whose middle was left out, because they have more than `max_tokens` tokens.
     """
 
     expert: str
@@ -43,6 +44,7 @@ class Encoded:
     answers: tuple[str, ...] = ()
     operations: float = 0.0
     cold: float = 0.0
+    cut: int = 0
 
 
 def whole(parts: Sequence[Encoded]) -> list[Encoded]:
@@ -78,6 +80,7 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
         tuple(part.answers[index] for part, index in rows) if answered else (),
         sum(part.operations for part in parts),
         sum(part.cold for part in parts),
+        sum(part.cut for part in parts),
     )
 
 
@@ -87,16 +90,28 @@ class Expert:
     An instance is used by one thread at a time, in a Ray actor or inline.
     """
 
-    def __init__(self, config: ExpertConfig, path: str, cache: CacheConfig, threads: int = 0) -> None:
+    def __init__(
+        self,
+        config: ExpertConfig,
+        path: str,
+        cache: CacheConfig,
+        threads: int = 0,
+        style: PromptStyle = PromptStyle(),  # noqa: B008 - frozen
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self.config = config
+        self.config, self.style = config, style
         self.encoder: Encoder = build_encoder(config, path, threads, self.engine_died)
-        self.frozen = self.encoder.frozen
+        settings = ChatSettings(config.chat_template_kwargs, style.date)
+        self.frozen = replace(self.encoder.frozen, chat_settings=settings)
         self.cache = FeatureCache(cache)
         self._fingerprint = self._feature_fingerprint()
         self._cache_key = f"{self._fingerprint}|{config.dtype}|{config.engine}"
-        self._read, self._prompts = 0, 0  # tokens and prompts that went through the model to be encoded
+        if config.self_check:
+            with contextlib.ExitStack() as built:
+                built.callback(self.close)
+                require(self.self_check(), path, f"expert {config.name!r}")
+                built.pop_all()
 
     def __repr__(self) -> str:
         return f"Expert({self.config.name})"
@@ -112,6 +127,11 @@ class Expert:
         """Ends the engine."""
         self.encoder.close()
 
+    def self_check(self) -> list[Finding]:
+        """See `experts.selfcheck`."""
+        found = check_tokenizer(self.frozen)
+        return [*found, *check_expert(self.encoder, self.config, lambda messages: self.read(messages).tokens)]
+
     def info(self) -> dict[str, Any]:
         """Name, width, parameters and fingerprints, for the router's metadata and the run's summary."""
         return {
@@ -119,6 +139,7 @@ class Expert:
             "width": self.encoder.states([[self.frozen.pad_id]])[0].shape[-1],
             "parameters": self.frozen.parameters,
             "fingerprint": self._fingerprint,
+            "date": self.frozen.chat.date,
             "sha256": self.sha256(),
             "answers": not self.frozen.is_encoder,
         }
@@ -140,19 +161,19 @@ class Expert:
             features' last digits, so what is asked in some runs only (measuring baselines) must not reach training.
         """
         start = time.perf_counter()
-        texts = [self.frozen.render(messages) for messages in prompts]
-        keys = tuple(hashlib.sha256(f"{self._cache_key}\n{text}".encode()).hexdigest() for text in texts)
+        readings = [self.read(messages) for messages in prompts]
+        keys = tuple(hashlib.sha256(f"{self._cache_key}\n{each.key}".encode()).hexdigest() for each in readings)
         hits, misses = self.cache.hits, self.cache.misses
         found: dict[str, np.ndarray | None] = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         wanted = [index for key, index in {key: i for i, key in enumerate(keys)}.items() if found[key] is None]
         for at in range(0, len(wanted), self.config.batch):
             chunk = wanted[at : at + self.config.batch]
-            for index, made in zip(chunk, self._forward([prompts[i] for i in chunk]), strict=True):
+            for index, made in zip(chunk, self._forward([readings[i].tokens for i in chunk]), strict=True):
                 if keep:
                     self.cache.put(keys[index], made)
                 found[keys[index]] = made
         features = tuple(feature for key in keys if (feature := found[key]) is not None)
-        a_token, a_prompt = 2.0 * self.frozen.parameters, self._length(prompts)
+        a_token = 2.0 * self.frozen.parameters
         return Encoded(
             self.config.name,
             keys,
@@ -161,8 +182,9 @@ class Expert:
             self.cache.misses - misses,
             time.perf_counter() - start,
             tuple(range(len(keys)) if rows is None else rows),
-            operations=a_token * a_prompt * len(wanted),
-            cold=a_token * a_prompt * len(keys),
+            operations=a_token * sum(len(readings[i].tokens) for i in wanted),
+            cold=a_token * sum(len(each.tokens) for each in readings),
+            cut=sum(each.cut for each in readings),
         )
 
     def prepare(self, answers: bool) -> None:
@@ -173,37 +195,30 @@ class Expert:
         """The expert's own greedy answers, in place of features."""
         start = time.perf_counter()
         said = tuple(self.answer(prompts, max_new_tokens))
-        tokens = sum(len(self._tokens(messages)) for messages in prompts)
-        tokens += sum(len(self.frozen.tokenizer(text)["input_ids"]) + 1 for text in said)
+        readings = [self.read(messages) for messages in prompts]
+        tokens = sum(len(each.tokens) for each in readings)
+        tokens += sum(len(self.frozen.chat.text_tokens(text)) + 1 for text in said)
         spent = 2.0 * self.frozen.parameters * tokens
         seconds = time.perf_counter() - start
-        return Encoded(self.config.name, (), (), 0, 0, seconds, tuple(rows), said, operations=spent, cold=spent)
+        cut = sum(each.cut for each in readings)
+        return Encoded(self.config.name, (), (), 0, 0, seconds, tuple(rows), said, spent, spent, cut)
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
         """The expert's own greedy answers, as texts."""
         answers: list[str] = []
         for at in range(0, len(prompts), self.config.batch):
-            rows = [self._tokens(messages) for messages in prompts[at : at + self.config.batch]]
+            rows = [self.read(messages).tokens for messages in prompts[at : at + self.config.batch]]
             new = self.encoder.answer(rows, max_new_tokens)
             answers += [self.frozen.tokenizer.decode(_until(row, self.frozen.end_tokens)) for row in new]
         return answers
 
-    def _length(self, prompts: Sequence[Messages]) -> float:
-        """Tokens of a prompt on average: of those that were read or, if another process did, of these."""
-        if self._prompts:
-            return self._read / self._prompts
-        return sum(len(self._tokens(messages)) for messages in prompts) / max(len(prompts), 1)
+    def read(self, messages: Messages) -> Reading:
+        """A prompt in the expert's own words, and not longer than it reads."""
+        own = worded(messages, self.config.template, self.config.system, self.style)
+        return self.frozen.chat.read(own, self.config.max_tokens)
 
-    def _tokens(self, messages: Messages) -> list[int]:
-        if self.frozen.is_encoder:
-            return cut_inside(self.frozen.tokenizer, self.frozen.render(messages), self.config.max_tokens)
-        return self.frozen.tokenize(messages)[-self.config.max_tokens :]
-
-    def _forward(self, prompts: Sequence[Messages]) -> list[np.ndarray]:
+    def _forward(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """(tokens, width) float32 features: the chosen layer's pooled states, normalised without parameters."""
-        rows = [self._tokens(messages) for messages in prompts]
-        self._read += sum(map(len, rows))
-        self._prompts += len(rows)
         states = self.encoder.states(rows)
         return states if self.config.norm == "none" else [normalised(state) for state in states]
 
@@ -213,6 +228,9 @@ class Expert:
         parts = [self.frozen.fingerprint(), c.layer, c.pool, c.tokens, c.norm, c.max_tokens]
         if c.weights != "stored":
             parts.append(c.weights)
+        parts += [
+            f"{key}: {value!r}" for key, value in (("template", c.template), ("system", c.system)) if value is not None
+        ]
         return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
 
 

@@ -6,8 +6,8 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from experts.adapter import MARK, Adapter, LoraConfig
 from experts.bidirectional import encoder_arguments, is_encoder
+from experts.chat import Chat, ChatSettings, Messages, canonical
 
 
 class ModelError(ValueError):
@@ -24,7 +25,6 @@ class ModelError(ValueError):
 
 
 UNTRAINED_SEED = 65537
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class FrozenModel:
 
     path: where it came from: a folder, or a name of the hub.
     end_tokens: none in an encoder, which reads and cannot answer.
+    chat_settings: of what it is shown; those that change its prompts for good are part of what it is.
     """
 
     path: str
@@ -42,6 +43,12 @@ class FrozenModel:
     end_tokens: tuple[int, ...]
     pad_id: int
     adapter: Adapter | None = None
+    chat_settings: ChatSettings = field(default_factory=ChatSettings)
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """How conversations become its tokens."""
+        return Chat(self.tokenizer, self.chat_settings, closed=self.is_encoder)
 
     @property
     def device(self) -> torch.device:
@@ -90,19 +97,19 @@ class FrozenModel:
         ids = (tokens, None) if len(inspect.signature(look_up).parameters) == 2 else (tokens,)
         return {"inputs_embeds": embedded, "per_layer_inputs": look_up(*ids)}
 
-    def render(self, messages: Messages) -> str:
-        """See `render`."""
-        return render(self.tokenizer, messages)
-
     def tokenize(self, messages: Messages) -> list[int]:
-        """See `tokenize`."""
-        return tokenize(self.tokenizer, messages)
+        """See `Chat.tokenize`."""
+        return self.chat.tokenize(messages)
 
     def fingerprint(self) -> str:
-        """Hash of stored weights, tokenizer and chat template: what a model is, whatever engine and dtype run it."""
+        """Hash of stored weights, tokenizer, chat template and its variables: what a model is, however it runs.
+
+        The date is not part of it: on another day it is the same model.
+        """
         digest = hashlib.sha256(stored_sha256(self.path).encode())
         digest.update(tokenizer_text(self.tokenizer).encode())
         digest.update(str(getattr(self.tokenizer, "chat_template", None)).encode())
+        digest.update(canonical(self.chat_settings.variables).encode())
         return digest.hexdigest()
 
 
@@ -129,28 +136,6 @@ class EmbeddingsOnly(nn.Module):
 def reads_ids(config: Any) -> bool:
     """Whether a model's layers read embeddings of the token ids beside the hidden states (Gemma 3n, Gemma 4 E2B)."""
     return bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", None))
-
-
-def render(tokenizer: Any, messages: Messages) -> str:
-    """The text a model is shown: its chat template where it has one, else the contents joined by newlines.
-
-    Raises:
-        ModelError: when the template refuses these messages, as some do a system message.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the model's own, and may raise anything
-            raise ModelError(
-                f"model {tokenizer.name_or_path!r}: its chat template refuses this conversation: {_first_line(error)}"
-            ) from error
-    return "\n".join(message["content"] for message in messages)
-
-
-def tokenize(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of the rendered messages; a chat template brings its own special tokens."""
-    plain = not getattr(tokenizer, "chat_template", None)
-    return tokenizer(render(tokenizer, messages), add_special_tokens=plain)["input_ids"]
 
 
 def tokenizer_text(tokenizer: Any) -> str:

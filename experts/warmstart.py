@@ -41,7 +41,7 @@ def spoken(texts: Sequence[str], policy: FrozenModel, slots: int) -> Spoken:
     embeddings = torch.zeros(len(texts), slots, policy.width)
     present = torch.zeros(len(texts), slots, dtype=torch.bool)
     for row, text in enumerate(texts):
-        tokens = policy.tokenizer(text, add_special_tokens=False)["input_ids"][:slots]
+        tokens = policy.chat.text_tokens(text)[:slots]
         if tokens:
             embeddings[row, : len(tokens)] = policy.embed(torch.tensor(tokens, device=policy.device)).float().cpu()
             present[row, : len(tokens)] = True

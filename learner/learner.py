@@ -23,6 +23,7 @@ from experts.loading import load_frozen, weights_sha256
 from experts.operations import RouterOperations, states_of
 from experts.prefix import sketch
 from experts.router import chooses
+from experts.selfcheck import require
 from experts.state import (
     Arrays,
     RouterShape,
@@ -40,6 +41,7 @@ from learner.engine import OptimizerState, Rendezvous, RouterEngine, Untrained, 
 from learner.fresh import Fresh, calibrated, joined, warmed
 from learner.gradient import Adapters, PrefixGradient, Sums
 from learner.losses import Denominators
+from learner.selfcheck import check_learner
 from rollout.types import Group, Rollout
 
 # Of a prefix rebuilt from features that may have been made again in another batch, relative to its size: in half
@@ -91,6 +93,7 @@ class LearnerSpec:
     threads: int = 0
     lora: LoraConfig | None = None
     experts_dtypes: tuple[str, ...] = ("float32",)
+    self_check: bool = True
 
 
 class LearnerRank:
@@ -105,6 +108,10 @@ class LearnerRank:
         self.new_experts = [spec.shape.experts.index(name) for name in spec.router.add_expert]
         self.tolerance = max(SKETCH_TOLERANCE[dtype] for dtype in spec.experts_dtypes)
         self.policy = load_frozen(spec.policy_path, spec.policy_dtype, device, "policy", lora=spec.lora, seed=spec.seed)
+        if spec.self_check:
+            saving = spec.learner.checkpoint_activations
+            found = check_learner(self.policy, spec.router.prefix.position, saving)
+            require(found, spec.policy_path, "the learner's policy")
         router = build_router(spec.router, spec.shape, self.policy, spec.seed).to(device)
         if self.new_experts:
             train_only(router, self.new_experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Any, Literal
 
@@ -177,6 +178,8 @@ class DataConfig(BaseModel):
     system: what stands in a system message in front of every prompt: one of Reasoning Gym's own (`default`, `simple`,
         `direct`, `DeepSeekZero`, `chain_of_draft`), or the path of a text file; None leaves it out.
     template: how a question becomes the prompt's text; `{question}` stands for it.
+    date: that chat templates print which ask for today's, as YYYY-MM-DD; None takes the day on which the run is made.
+        The run keeps it in its config.yaml, so that it reads the same prompts on every later day.
     max_prompt_tokens: prompts with more tokens, as the policy reads them, are left out (`long_prompts: drop`, said at
         the start of a run) or refused (`long_prompts: refuse`).
     validation, test: shares of the distinct prompts held out, by a hash of the prompt's text, so
@@ -187,6 +190,7 @@ class DataConfig(BaseModel):
     seed: int = 1
     system: str | None = None
     template: str = "{question}\nAnswer:"
+    date: datetime.date | None = None
     max_prompt_tokens: int | None = Field(None, ge=1)
     long_prompts: Literal["drop", "refuse"] = "drop"
     validation: float = Field(0.1, gt=0.0, lt=0.5)

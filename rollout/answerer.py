@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.chat import ChatError
 from experts.config import RouterConfig
 from experts.expert import Encoded
-from experts.loading import ModelError, describe
+from experts.loading import describe
 from experts.router import Asks, router_class
 from experts.standins import States
 from experts.state import RouterShape, RouterSnapshot
@@ -66,8 +68,9 @@ class Answerer(RolloutWorker):
         snapshot: RouterSnapshot,
         threads: int = 0,
         stand_ins: States = MappingProxyType({}),
+        date: datetime.date | None = None,
     ) -> None:
-        super().__init__(policy, path, router, seed=0, threads=threads)
+        super().__init__(policy, path, router, seed=0, threads=threads, date=date)
         with contextlib.ExitStack() as built:
             built.callback(self.close)
             self.attach(shape)
@@ -123,7 +126,7 @@ class Answerer(RolloutWorker):
         """
         try:
             tokens = self.policy.tokenize(messages)
-        except (ModelError, UnicodeError) as error:
+        except (ChatError, UnicodeError) as error:
             raise PromptError(f"the policy cannot read this conversation: {error}") from error
         if len(tokens) < self._fewest:
             raise PromptError("the prompt is empty")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
+from experts.chat import Chat
 from rollout.types import Message
 
 ANSWERS, PROMPT = "answers", "prompt"
@@ -25,15 +24,15 @@ def with_answers(template: str, messages: Sequence[Message], answers: Mapping[st
     return (*before, Message(role=last["role"], content=content))
 
 
-def cut(answer: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+def cut(answer: str, chat: Chat, tokens: int) -> str:
     """At most so many tokens of an answer as the policy counts them, which may be more than the expert's own."""
-    given = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    given = chat.text_tokens(answer)
     if len(given) <= tokens:
         return answer
     # What is cut between the bytes of a character counts for more than before.
     for length in range(tokens, 0, -1):
-        kept = tokenizer.decode(given[:length])
-        if len(tokenizer(kept, add_special_tokens=False)["input_ids"]) <= tokens:
+        kept = chat.tokenizer.decode(given[:length])
+        if len(chat.text_tokens(kept)) <= tokens:
             return kept
     return ""
 

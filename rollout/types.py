@@ -220,9 +220,10 @@ class Rollout:
     tokens: completion tokens sampled.  hits, misses: of the experts' feature caches.
     seconds, encode_s: wall-clock time in the rollout worker, and in the slowest expert.
     operations: see `Operations`.
+    cut: by expert, in the router's order, number of prompts whose middle it did not see; empty where none was asked.
     """
 
-    __slots__ = ("_groups", "_wire", "encode_s", "hits", "misses", "operations", "seconds", "tokens")
+    __slots__ = ("_groups", "_wire", "cut", "encode_s", "hits", "misses", "operations", "seconds", "tokens")
 
     def __init__(
         self,
@@ -233,11 +234,12 @@ class Rollout:
         seconds: float,
         encode_s: float,
         operations: Operations = NO_OPERATIONS,
+        cut: tuple[int, ...] = (),
     ) -> None:
         self._groups: tuple[Group, ...] | None = groups
         self._wire: tuple[Any, ...] = ()
         self.tokens, self.hits, self.misses, self.seconds, self.encode_s = tokens, hits, misses, seconds, encode_s
-        self.operations = operations
+        self.operations, self.cut = operations, cut
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_wire, (self._wire or _pack(self.groups), *self._cost())
@@ -290,7 +292,7 @@ class Rollout:
         return found
 
     def _cost(self) -> tuple[Any, ...]:
-        return self.tokens, self.hits, self.misses, self.seconds, self.encode_s, self.operations
+        return self.tokens, self.hits, self.misses, self.seconds, self.encode_s, self.operations, self.cut
 
 
 _BYTES_A_TOKEN = 12  # an id and a log-probability

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,18 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.chat import ChatSettings
 from experts.config import RouterConfig
 from experts.expert import Encoded, whole
 from experts.loading import load_embeddings, load_frozen
 from experts.operations import RouterOperations, states_of
 from experts.prefix import prefix_hash, sketch
 from experts.router import chooses, closed_choice
+from experts.selfcheck import Finding, check_tokenizer, require
 from experts.standins import stood_in
 from experts.state import RouterShape, RouterSnapshot, build_router, embedding_rms, put_arrays, stack_features
 from rollout.config import PolicyConfig
 from rollout.draws import choice_uniform, collaborator_draws, request_seed, token_uniforms
 from rollout.engine import PolicyEngine, Request, TransformersEngine
 from rollout.operations import Operations
+from rollout.selfcheck import check_policy
 from rollout.text import cut, with_answers
 from rollout.types import Completion, Draws, Group, Message, Prompt, Rollout, RouterStamp, Sampling
 
@@ -42,10 +47,20 @@ class Made(NamedTuple):
 
 
 class RolloutWorker:
-    """Generates groups; holds one policy copy and at most one router version at a time."""
+    """Generates groups; holds one policy copy and at most one router version at a time.
+
+    date: see `ChatSettings`.
+    """
 
     def __init__(
-        self, policy: PolicyConfig, path: str, router: RouterConfig, seed: int, index: int = 0, threads: int = 0
+        self,
+        policy: PolicyConfig,
+        path: str,
+        router: RouterConfig,
+        seed: int,
+        index: int = 0,
+        threads: int = 0,
+        date: datetime.date | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -62,12 +77,19 @@ class RolloutWorker:
             device = "cuda" if policy.gpus and torch.cuda.is_available() else "cpu"
             self.policy = load_frozen(path, policy.dtype, device, "policy", lora=policy.lora)
             self.engine = TransformersEngine(self.policy, router.prefix.position)
+        self.policy = replace(self.policy, chat_settings=ChatSettings(policy.chat_template_kwargs, date))
         self._embedding_rms = embedding_rms(self.policy)
         self._router: torch.nn.Module | None = None
         self._experts: tuple[str, ...] = ()
         self._stamp: RouterStamp | None = None
         # Calls come from several threads where the engine batches over them; the router belongs to one at a time.
         self._router_lock = threading.Lock()
+        self._longest = policy.max_model_tokens
+        if policy.self_check:
+            with contextlib.ExitStack() as built:
+                built.callback(self.close)
+                require(self.self_check(), path, "the policy")
+                built.pop_all()
 
     def __repr__(self) -> str:
         return f"Rollout({self.index})"
@@ -83,6 +105,11 @@ class RolloutWorker:
         """Ends the engine."""
         self.engine.close()
 
+    def self_check(self) -> list[Finding]:
+        """See `experts.selfcheck`."""
+        found = check_tokenizer(self.policy)
+        return [*found, *check_policy(self.engine, self._embedding_rms, self._longest)]
+
     def info(self) -> dict[str, Any]:
         """Width, parameters and fingerprints of the policy, for the router's shape and the run's summary."""
         return {
@@ -90,6 +117,7 @@ class RolloutWorker:
             "width": self.policy.width,
             "parameters": self.policy.parameters,
             "fingerprint": self.policy.fingerprint(),
+            "date": self.policy.chat.date,
             "embedding_rms": self._embedding_rms,
             "sha256": self.sha256(),
         }
@@ -172,6 +200,7 @@ class RolloutWorker:
                 2.0 * self.policy.parameters * (sampled + sum(map(len, tokens)) + _slots(made))
                 + (0.0 if alone else self._routers(encoded, len(prompts))),
             ),
+            cut=tuple(e.cut for e in encoded),
         )
 
     @torch.inference_mode()
@@ -251,11 +280,11 @@ class RolloutWorker:
         """What the policy reads."""
         if not any(e.answers for e in encoded):
             return [prompt.messages for prompt in prompts]
-        text, tokenizer = self.router_config.text, self.policy.tokenizer
+        text, chat = self.router_config.text, self.policy.chat
         template, most = text.template, text.max_new_tokens
 
         def fitting(answer: str) -> str:
-            return answer if most is None else cut(answer, tokenizer, most)
+            return answer if most is None else cut(answer, chat, most)
 
         said = [{e.expert: fitting(e.answers[row]) for e in encoded} for row in range(len(prompts))]
         return [with_answers(template, p.messages, mine) for p, mine in zip(prompts, said, strict=True)]

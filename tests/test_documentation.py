@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import typer
 
 from cluster import cli
 from cluster.config import load
+from experts.selfcheck import REMEDIES
 from tests.hub_models import HUB_MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +77,28 @@ def test_the_dashboard_and_the_alerts_are_up_to_date() -> None:
     for name, made in runpy.run_path(str(ROOT / "scripts" / "monitoring_files.py"))["files"]().items():
         written = (ROOT / "docs" / "monitoring" / name).read_text(encoding="utf-8")
         assert written == made, "run: python scripts/monitoring_files.py"
+
+
+def test_the_page_on_models_explains_every_refusal() -> None:
+    """Every message of a model's error, and every reason against a policy, has its row."""
+    page = " ".join((ROOT / "docs" / "models.md").read_text(encoding="utf-8").split())
+    files = [*(ROOT / "experts").glob("*.py"), *(ROOT / "learner").glob("*.py")]
+    for path in files:
+        for said in refusals(ast.parse(path.read_text(encoding="utf-8"))):
+            assert said in page, f"{path.name}: docs/models.md has no row for {said!r}"
+    for name, remedy in REMEDIES.items():
+        assert f"| `{name}` | {remedy} |" in page
+
+
+def refusals(tree: ast.AST) -> list[str]:
+    """The longest fixed part of each message, without punctuation at its ends."""
+    errors = ("ModelError", "ChatError")
+    raised = [n.args[0] for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in errors]
+    reasons = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "policy_refusal"]
+    returned = [n.value for reason in reasons for n in ast.walk(reason) if isinstance(n, ast.Return)]
+    parts = [
+        [part.value for part in ast.walk(message) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        for message in (*raised, *returned)
+        if isinstance(message, ast.JoinedStr | ast.Constant)
+    ]
+    return [" ".join(max(texts, key=len).split()).strip(" :;,'()") for texts in parts if texts]

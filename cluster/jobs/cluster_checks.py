@@ -107,14 +107,14 @@ def _place(key: str, place: str, nodes: Sequence[Mapping[str, Any]]) -> Check:
 
 def config_checks(config: RunConfig) -> list[Check]:
     """Whether the models of a configuration are there."""
-    from cluster.run.models import is_missing, model_path
+    from cluster.run.models import model_path
     from cluster.run.preflight import check_models, check_start
     from cluster.zoo import paths as zoo
 
     checks = []
     for key, reference in config.models().items():
         try:
-            if is_missing(reference):
+            if not is_built(reference):
                 how = "builds it" if zoo.is_zoo(reference) else "gets it, or musketeers fetch"
                 checks.append(Check(key, True, f"{reference}: {FIRST} {how}"))
                 continue
@@ -129,6 +129,13 @@ def config_checks(config: RunConfig) -> list[Check]:
         except ValueError as error:
             checks.append(Check("configuration", False, str(error), "see its key"))
     return checks
+
+
+def is_built(reference: str) -> bool:
+    """Whether a model is there, if it is one that a run builds, fetches or converts by itself."""
+    from cluster.run.models import is_missing
+
+    return not is_missing(reference)
 
 
 def local_resources(config: RunConfig) -> Check:

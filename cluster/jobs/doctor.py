@@ -30,6 +30,7 @@ from rich.text import Text
 from cluster.config import RunConfig
 from cluster.jobs import cluster_checks
 from cluster.jobs.findings import GIB, Check
+from cluster.jobs.self_checks import self_checks
 from experts import vllm_install
 from learner.compiled import OP, op_folder, stale_lock
 from rewards.jail import kernel
@@ -56,6 +57,9 @@ def examine(config: RunConfig | None, runs: Path, zoo: Path, address: str | None
         found += _guarded("models", lambda: cluster_checks.config_checks(config))
         if not address:
             found += _guarded("resources", lambda: cluster_checks.local_resources(config))
+            if all(check.ok for check in found) and all(map(cluster_checks.is_built, config.models().values())):
+                with console.status("loading the models, to check them"):
+                    found += _guarded("self-check", lambda: self_checks(config))
     if address and all(check.ok for check in found if check.name == "Ray"):
         with console.status("looking at the cluster from inside"):
             inside = cluster_checks.look_inside(address, config)

@@ -16,7 +16,7 @@ from cluster.watch.results import Result
 from rewards.sources import Task
 from rollout.types import Prompt
 
-FORMAT = 3  # rises when the baselines themselves are measured in another way
+FORMAT = 4  # rises when the baselines themselves are measured in another way
 MEASURED_BY = ("torch", "transformers", "reasoning-gym", "scikit-learn", "math-verify", "latex2sympy2-extended")
 
 
@@ -76,8 +76,8 @@ class KnownBaselines:
 
 
 def fingerprints(experts: Iterable[Mapping[str, Any]], policy: Mapping[str, Any]) -> list[str]:
-    """Of the models, from what their workers say of them."""
-    return [str(info["fingerprint"]) for info in (*experts, policy)]
+    """Of the models, from what their workers say of them, and of those that print a date."""
+    return [str(info["fingerprint"]) + str(info.get("date", "")) for info in (*experts, policy)]
 
 
 def _has_own_code(task: Task) -> bool:

@@ -17,7 +17,7 @@ from cluster.watch.results import ROUTER, SHUFFLED_WITHIN_TASK, label
 from experts.config import EngineConfig
 
 # Names and places, and what changes how fast a run is but not what it computes.
-BESIDE_THE_POINT = ("run", "root", "seed", *(key for key in RESUMABLE if key != "steps"))
+BESIDE_THE_POINT = ("run", "root", "seed", "data.date", *(key for key in RESUMABLE if key != "steps"))
 BY_ITSELF = "default"  # the value of a setting that follows from others
 
 

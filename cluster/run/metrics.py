@@ -106,6 +106,7 @@ def step_metrics(
             for stage, seconds in stages.items()
         },
         **attention_metrics(groups, experts),
+        **cut_metrics(reports, experts),
     }
 
 
@@ -164,6 +165,17 @@ def attention_metrics(groups: Sequence[GroupReport], experts: Sequence[str]) -> 
         f"attention/{task}/{expert}": _mean(group.attention[index] for group in mine)
         for task, mine in by_task(groups).items()
         for index, expert in enumerate(experts)
+    }
+
+
+def cut_metrics(reports: Sequence[WaveReport], experts: Sequence[str]) -> dict[str, float]:
+    """`experts/<expert>/truncated`: share of prompts whose middle an expert did not see; none where none was asked."""
+    asked = [report for report in reports if report.cut]
+    prompts = sum(len(report.groups) for report in asked)
+    return {
+        f"experts/{expert}/truncated": sum(report.cut[index] for report in asked) / prompts
+        for index, expert in enumerate(experts)
+        if prompts
     }
 
 

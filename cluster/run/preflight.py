@@ -19,8 +19,9 @@ from cluster.run.models import check_references, model_path
 from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
 from experts.architectures import check_policy
+from experts.chat import Chat, ChatError, ChatSettings, Messages, worded
 from experts.config import EngineConfig, ExpertConfig
-from experts.loading import ModelError, check_end_token, describe, load_tokenizer, tokenize
+from experts.loading import check_end_token, describe, load_tokenizer
 from experts.plugins import load_plugin
 from experts.router import router_class
 from experts.vllm_install import check_installed, is_for_cpus, supports
@@ -74,6 +75,10 @@ def check_models(config: RunConfig) -> None:
     _check_encoders(config, [described[f"experts.{index}.model"] for index in range(len(config.experts))])
     for key, engine in config.engines().items():
         model = described[f"{key}.model"]
+        try:
+            chat_of(config, engine)
+        except ChatError as error:
+            raise ConfigError(f"{key}.{error}") from error
         _check_quantized(key, engine, model)
         if engine.engine == "vllm":
             _check_vllm(key, engine, model)
@@ -276,28 +281,44 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
         ValueError: one line, naming the task and the remedy; also when nothing limits prompts and the longest leave
             no room for an answer.
     """
-    path = model_path(config.policy.model)
-    tokenizer = load_tokenizer(path)
-    for key, reference in config.models().items():
-        _check_template(key, reference, next(iter(tasks.values())))
+    path, chat = model_path(config.policy.model), chat_of(config, config.policy)
+    for key, engine in config.engines().items():
+        _check_template(config, key, engine, next(iter(tasks.values())))
+        if config.data.date is None and chat_of(config, engine).prints_date:
+            note(f"{key}.model: its chat template prints the date, and this run has none (data.date): it reads today's")
     if config.data.max_prompt_tokens is None:
         texts = {p.text: p for task in tasks.values() for p in (*task.train, *task.validation, *task.test)}
         longest = heapq.nlargest(LONGEST, texts.values(), key=lambda prompt: len(prompt.text))
-        tokens = max(len(tokenize(tokenizer, prompt.messages)) for prompt in longest)
+        tokens = max(len(chat.tokenize(prompt.messages)) for prompt in longest)
         _check_policy_length(config, describe(path), "the longest prompt (limited by data.max_prompt_tokens)", tokens)
         return dict(tasks)
-    kept, lost = of_length(tasks, config.data, lambda prompt: len(tokenize(tokenizer, prompt.messages)))
+    kept, lost = of_length(tasks, config.data, lambda prompt: len(chat.tokenize(prompt.messages)))
     for name, count in lost.items():
         note(f"task {name}: {count} prompts of more than {config.data.max_prompt_tokens} tokens are left out")
     return kept
 
 
-def _check_template(key: str, reference: str, task: Task) -> None:
+def chat_of(config: RunConfig, engine: EngineConfig) -> Chat:
+    """How a model of the run reads conversations.
+
+    Raises:
+        ChatError: when its chat template does not take its `chat_template_kwargs`.
+    """
+    settings = ChatSettings(engine.chat_template_kwargs, config.data.date)
+    return Chat(load_tokenizer(model_path(engine.model)), settings)
+
+
+def _check_template(config: RunConfig, key: str, engine: EngineConfig, task: Task) -> None:
     """Every model must be able to render what it will be shown."""
+    messages: Messages = next(iter((*task.train, *task.test))).messages
+    without = "without data.system there is no system message"
+    if isinstance(engine, ExpertConfig):
+        messages = worded(messages, engine.template, engine.system, config.prompt_style)
+        without = f'{key}.system: "" leaves out the system message'
     try:
-        tokenize(load_tokenizer(model_path(reference)), next(iter((*task.train, *task.test))).messages)
-    except ModelError as error:
-        raise ConfigError(f"{key}: {error}; without data.system there is no system message") from error
+        chat_of(config, engine).tokenize(messages)
+    except ChatError as error:
+        raise ConfigError(f"{key}.model: {error}; {without}") from error
 
 
 def print_plan(config: RunConfig, console: Console) -> None:

@@ -128,6 +128,7 @@ def rescore_run(
     folder = RunFolder(run)
     saved = folder.saved_config()
     settings = load(config, overrides) if config is not None else changed(saved, overrides)
+    settings = settings.dated(saved.data.date)
     _check_tasks(saved.data, settings.data)
     wanted = _steps(folder, steps)
     stream, tasks = _stream(saved)

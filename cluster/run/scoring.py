@@ -56,7 +56,10 @@ class GroupReport:
 
 @dataclass(frozen=True, slots=True)
 class WaveReport:
-    """One wave of prompts through all stages but the learner; times are the workers' own, in seconds."""
+    """One wave of prompts through all stages but the learner; times are the workers' own, in seconds.
+
+    cut: see `Rollout`.
+    """
 
     groups: tuple[GroupReport, ...]
     tokens: int
@@ -66,6 +69,7 @@ class WaveReport:
     rollout_s: float
     reward_s: float
     operations: Operations = NO_OPERATIONS
+    cut: tuple[int, ...] = ()
 
 
 class ScoringWorker:
@@ -129,6 +133,7 @@ def wave_report(rollout: Rollout, scores: Sequence[Sequence[Score]], reward_s: f
         rollout_s=rollout.seconds,
         reward_s=reward_s,
         operations=rollout.operations,
+        cut=rollout.cut,
     )
 
 

@@ -58,7 +58,8 @@ def expert_recipes(config: RunConfig) -> list[list[Recipe]]:
 def _expert_recipe(config: RunConfig, e: ExpertConfig, replica: int, workers: int) -> Recipe:
     name = f"Expert({e.name}, replica {replica})" if e.replicas > 1 else f"Expert({e.name})"
     threads = share_of_cores(config, workers, e.threads)
-    return Recipe(name, Expert, (e, model_path(e.model), config.cache, threads), e.cpus, e.gpus)
+    args = (e, model_path(e.model), config.cache, threads, config.prompt_style)
+    return Recipe(name, Expert, args, e.cpus, e.gpus)
 
 
 def rollout_recipes(config: RunConfig) -> list[Recipe]:
@@ -67,7 +68,8 @@ def rollout_recipes(config: RunConfig) -> list[Recipe]:
     threads = share_of_cores(config, p.workers, p.threads)
     text = config.router.text.model_copy(update={"max_new_tokens": answer_tokens(config)})
     args = (p, model_path(p.model), config.router.model_copy(update={"text": text}), config.seed)
-    return [Recipe(f"Rollout({i})", RolloutWorker, (*args, i, threads), p.cpus, p.gpus) for i in range(p.workers)]
+    date = config.data.date
+    return [Recipe(f"Rollout({i})", RolloutWorker, (*args, i, threads, date), p.cpus, p.gpus) for i in range(p.workers)]
 
 
 def learner_spec(config: RunConfig, shape: RouterShape) -> LearnerSpec:
@@ -85,6 +87,7 @@ def learner_spec(config: RunConfig, shape: RouterShape) -> LearnerSpec:
         threads=share_of_cores(config, config.learner.ranks, config.learner.threads),
         lora=config.policy.lora,
         experts_dtypes=tuple(expert.dtype for expert in config.experts),
+        self_check=config.policy.self_check,
     )
 
 

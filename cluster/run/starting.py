@@ -12,6 +12,7 @@ from cluster.run.fleet import Reference
 from cluster.run.models import model_path
 from cluster.run.start import Started
 from cluster.run.trained import router_folder, saved_experts
+from experts.chat import Chat
 from experts.expert import Encoded, whole
 from experts.joining import with_newcomers
 from experts.loading import load_tokenizer
@@ -96,8 +97,8 @@ async def _warm(
     said: list[Encoded] = whole(await fleet.get_all(asked, "the experts' words", limit, stages))
     await fleet.prepare(answers=False)
     template = config.router.text.template
-    tokenizer, most = load_tokenizer(model_path(config.policy.model)), answer_tokens(config)
-    heard = [{each.expert: cut(each.answers[row], tokenizer, most) for each in said} for row in range(len(prompts))]
+    chat, most = Chat(load_tokenizer(model_path(config.policy.model))), answer_tokens(config)
+    heard = [{each.expert: cut(each.answers[row], chat, most) for each in said} for row in range(len(prompts))]
     texts = [in_front(template, mine) for mine in heard]
     if arrays is None:
         arrays = (await fleet.get(learner.call("snapshot"), "the router")).arrays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from functools import partial
 
 from rich.console import Console
@@ -36,6 +37,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, ac
             folder.fetch()
         folder.check(config, resume, overwrite)
         saved = _saved(folder) if resume else None
+        config = config.dated(folder.saved_config().data.date if resume else datetime.date.today())
         note = partial(console.print, highlight=False, soft_wrap=True)
         if not overwrite:
             folder.note_leftover(note)

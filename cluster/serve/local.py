@@ -69,9 +69,9 @@ class Musketeers:
                 built.callback(expert.close)
                 refuse_other(expert.config.name, expert.fingerprint, fingerprint)
                 self.experts.append(expert)
-            policy, path, router, _, _, threads = rollout_recipes(config)[0].args
-            trained = opened.trained
-            self.policy = Answerer(policy, path, router, opened.shape, trained.snapshot, threads, trained.stand_ins)
+            policy, path, router, _, _, threads, date = rollout_recipes(config)[0].args
+            known = (opened.shape, opened.trained.snapshot, threads, opened.trained.stand_ins)
+            self.policy = Answerer(policy, path, router, *known, date)
             built.callback(self.policy.close)
             refuse_other("the policy", self.policy.policy.fingerprint(), opened.shape.policy_fingerprint)
             self._built = built.pop_all()
@@ -218,7 +218,7 @@ def refuse_other(what: str, found: str, trained: str) -> None:
     if found != trained:
         raise RouterError(
             f"{what} is another model than the router was trained with (fingerprint {found[:12]}, not {trained[:12]}): "
-            "give the same weights, tokenizer and chat template, or train again"
+            "give the same weights, tokenizer, chat template and wording of prompts, or train again"
         )
 
 

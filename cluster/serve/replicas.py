@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from ray import serve
 
 from cluster.serve.local import refuse_other
+from experts.chat import PromptStyle
 from experts.config import CacheConfig, ExpertConfig, RouterConfig
 from experts.expert import Encoded, Expert
 from experts.standins import States
@@ -71,9 +73,16 @@ class ExpertReplica:
     """
 
     def __init__(
-        self, config: ExpertConfig, path: str, cache: CacheConfig, threads: int, fingerprint: str, size: int
+        self,
+        config: ExpertConfig,
+        path: str,
+        cache: CacheConfig,
+        threads: int,
+        style: PromptStyle,
+        fingerprint: str,
+        size: int,
     ) -> None:
-        self._expert = _LivingExpert(config, path, cache, threads)
+        self._expert = _LivingExpert(config, path, cache, threads, style)
         refuse_other(config.name, self._expert.fingerprint, fingerprint)
         self._one_at_a_time = asyncio.Lock()  # whoever has given up leaves it, and is not worked for
         self._together.set_max_batch_size(size)
@@ -85,7 +94,7 @@ class ExpertReplica:
     async def encode(self, messages: Messages) -> Encoded:
         """States of a prompt; see `Expert.encode`."""
         # A template that refuses this conversation must not fail those that are read with it.
-        if not self._expert.frozen.tokenize(messages):
+        if not self._expert.read(messages).tokens:
             raise ValueError("the prompt is empty")
         found: Encoded = await self._together(messages)
         return found
@@ -121,8 +130,9 @@ class PolicyReplica:
         snapshot: RouterSnapshot,
         threads: int,
         stand_ins: States,
+        date: datetime.date | None,
     ) -> None:
-        self._answerer = _LivingAnswerer(policy, path, router, shape, snapshot, threads, stand_ins)
+        self._answerer = _LivingAnswerer(policy, path, router, shape, snapshot, threads, stand_ins, date)
         refuse_other("the policy", self._answerer.policy.fingerprint(), shape.policy_fingerprint)
         self._names = shape.experts
 

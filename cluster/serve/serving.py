@@ -202,7 +202,7 @@ def application(opened: Ready, options: Options, key: str | None) -> Any:
             )
             experts[expert.name] = deployed.bind(*recipes[0].args, fingerprint, expert.batch)
     policies = rollout_recipes(config)
-    policy, path, router, _, _, threads = policies[0].args
+    policy, path, router, _, _, threads, date = policies[0].args
     answering = serve.deployment(PolicyReplica).options(
         name="policy", **_scaled(policies[0], len(policies), options.most_policies, options)
     )
@@ -216,7 +216,7 @@ def application(opened: Ready, options: Options, key: str | None) -> Any:
         created=int(time.time()),
     )
     bound = answering.bind(
-        policy, path, router, opened.shape, opened.trained.snapshot, threads, opened.trained.stand_ins
+        policy, path, router, opened.shape, opened.trained.snapshot, threads, opened.trained.stand_ins, date
     )
     return ingress(digest(key)).options(ray_actor_options={"num_cpus": 0}).bind(facts, bound, experts)
 

@@ -116,7 +116,6 @@ def tokenizer_texts(model: ExpertRecipe | PolicyRecipe, tasks: dict[str, Task]) 
 
 def save(network: Any, tokenizer: Any, folder: Path) -> None:
     """Writes an ordinary Hugging Face folder."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -124,13 +123,26 @@ def save(network: Any, tokenizer: Any, folder: Path) -> None:
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     network.save_pretrained(folder, safe_serialization=True)
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer beside a model's `config.json`, so that transformers reads it back whatever the model is.
+
+    transformers 5 reads a tokenizer beside models of some types (Qwen2, Phi-3) as their own, with other splits,
+    whatever class its configuration names, unless an auto_map points at code in the folder.  Code that nobody asked to
+    run (`trust_remote_code`) is not looked for, and then the class counts; so the auto_map names that class.
+
+    Raises:
+        ZooError: when it is read back as another one.
+    """
+    from transformers import AutoTokenizer
+
     tokenizer.save_pretrained(folder)
-    if network.config.model_type == "qwen2":
-        # transformers 5 reads any tokenizer beside a Qwen2 model as Qwen2's own, with other splits, whatever
-        # class its configuration names, unless there is an auto_map; an empty one says: trust the class.
-        path = folder / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": {"AutoTokenizer": [None, None]}}
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["auto_map"] = {"AutoTokenizer": [None, f"transformers.{settings['tokenizer_class']}"]}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
         raise ZooError(f"transformers reads the tokenizer of {folder.name} back as another one: use version 5.19")
 

@@ -94,9 +94,10 @@ def test_the_first_state_differs_from_prompt_to_prompt(bert: Path) -> None:
 def test_a_long_prompt_keeps_what_the_tokenizer_puts_around_it(bert: Path) -> None:
     it = expert(bert, max_tokens=6)
     for text, inside in (("abcdefgh", "efgh"), ("abcd", "abcd"), ("a", "a"), ("", "")):
-        found = it._tokens(({"role": "user", "content": text},))
+        found = it.read(({"role": "user", "content": text},)).tokens
         assert found == [1, *it.frozen.tokenizer(inside, add_special_tokens=False)["input_ids"], 2]
-    assert expert(bert, max_tokens=1)._tokens(({"role": "user", "content": "ab"},)) == [1, 2]
+    forged = it.read(({"role": "user", "content": "[SEP]a"},)).tokens
+    assert (forged[0], forged[-1]) == (1, 2) and 2 not in forged[1:-1]  # also where a text spells them out
 
 
 def test_what_is_said_of_it(bert: Path) -> None:

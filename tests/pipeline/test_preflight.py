@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import yaml
 
 from cluster.config import ConfigError, RunConfig, load, parse
 from cluster.run import preflight
-from experts.loading import ModelError, load_frozen, load_tokenizer, tokenize
+from experts.chat import Chat
+from experts.loading import ModelError, load_frozen, load_tokenizer
 from rewards.sources import build_tasks
 from tests import architectures
 from tests.experts.test_bidirectional import make_bert
@@ -171,7 +173,7 @@ def test_without_a_limit_the_longest_prompt_must_leave_room(models: Path) -> Non
     made = config(models, {}, VLLM)
     tasks = build_tasks(made.data)
     tokenizer = load_tokenizer(str(models / "good"))
-    longest = max(len(tokenize(tokenizer, prompt.messages)) for prompt in tasks["digits"].train)
+    longest = max(len(Chat(tokenizer).tokenize(prompt.messages)) for prompt in tasks["digits"].train)
     enough = config(models, {}, VLLM | {"max_model_tokens": longest + 18}, **short)
     assert preflight.check_prompts(enough, tasks, print) == tasks
     with pytest.raises(ConfigError, match=rf"the longest prompt .*data.max_prompt_tokens\) {longest} \+ router"):
@@ -267,3 +269,43 @@ def test_a_control_by_states_that_nothing_reads_is_refused(models: Path, kind: s
     with pytest.raises(ConfigError, match=f"router.states: shuffled changes nothing for kind: {kind}"):
         preflight.check_names(config(models, {}, {}, **states))
     preflight.check_names(config(models, {}, {}, router={"kind": "text", "states": "shuffled"}))
+
+
+def test_variables_that_a_chat_template_does_not_read_are_refused_with_their_key(models: Path, tmp_path: Path) -> None:
+    quiet = {"chat_template_kwargs": {"enable_thinking": False}}
+    for expert, policy, key in [(quiet, {}, r"experts\.0"), ({}, quiet, "policy")]:
+        with pytest.raises(
+            ConfigError, match=rf"^{key}\.chat_template_kwargs: it has no chat template that could read"
+        ):
+            preflight.check_models(config(models, expert, policy))
+    thinks = shutil.copytree(models / "good", tmp_path / "thinks")
+    (thinks / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %} think{% endif %}")
+    preflight.check_models(config(models, {"model": thinks} | quiet, {"model": thinks} | quiet))
+    wrong = {"model": thinks, "chat_template_kwargs": {"think": False}}
+    with pytest.raises(ConfigError, match=r"^policy\.chat_template_kwargs: its chat template never reads 'think'"):
+        preflight.check_models(config(models, {}, wrong))
+
+
+def test_an_expert_is_tried_with_its_own_wording_and_the_policy_counted_with_its_variables(
+    models: Path, tmp_path: Path
+) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + (
+        "{{ messages[0].content }}{% if enable_thinking %}, and think about it a little{% endif %}"
+    )
+    strict = shutil.copytree(models / "good", tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text(template)
+    (tmp_path / "system.txt").write_text("Be brief.")
+    system = {"data": {"system": str(tmp_path / "system.txt")}}
+    refused = config(models, {"model": strict}, {}, **system)
+    tasks = build_tasks(refused.data)
+    digits = tasks["digits"].train[0]
+    said = [({"role": "system", "content": "Be brief."}, *digits.messages)]
+    asked = {"digits": replace(tasks["digits"], train=(replace(digits, messages=said[0]),))}
+    with pytest.raises(ConfigError, match=r'^experts\.0\.model: .*no system role; experts\.0\.system: "" leaves out'):
+        preflight.check_prompts(refused, asked, print)
+    preflight.check_prompts(config(models, {"model": strict, "system": ""}, {}, **system), asked, print)
+    thinking = {"model": strict, "chat_template_kwargs": {"enable_thinking": True}}
+    limit = {"data": {"max_prompt_tokens": 30, "long_prompts": "refuse"}}
+    preflight.check_prompts(config(models, {}, {"model": strict}, **limit), tasks, print)
+    with pytest.raises(ValueError, match=r"200 prompts are longer than .*one has 39"):
+        preflight.check_prompts(config(models, {}, thinking, **limit), tasks, print)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from experts.chat import Chat
 from experts.config import TextConfig
 from rollout.text import cut, unknown_fields, with_answers
 
@@ -37,7 +38,7 @@ def by_bytes() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-BYTES = by_bytes()
+BYTES = Chat(by_bytes())
 
 
 @given(st.text(max_size=12), st.integers(1, 12))

@@ -202,3 +202,19 @@ def test_what_a_template_refuses_is_the_prompts_fault(musketeers: Musketeers, mo
     monkeypatch.setattr(musketeers.policy.policy.tokenizer, "chat_template", "{{ raise_exception('no system') }}")
     with pytest.raises(PromptError, match="refuses this conversation: no system"):
         musketeers.policy.open([{"role": "user", "content": "a"}], [], Decoding())
+
+
+def test_an_expert_is_asked_in_its_own_words_and_what_a_message_spells_is_text(bundle: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((bundle / "recipe.yaml").read_text())
+    values["experts"][0] |= {"template": "{question} =", "system": "Sum up."}
+    own = save_bundle(tmp_path / "own", values)
+    with Musketeers.from_run(own) as opened:
+        one, two = opened.experts
+        for asked in (opened.opened.messages("3 + 4"), [{"role": "user", "content": "3 + 4"}]):
+            assert one.read(asked).tokens == two.frozen.tokenizer("Sum up.\n3 + 4 =")["input_ids"]
+        assert two.read(opened.opened.messages("3 + 4")).tokens == two.frozen.tokenizer("Q: 3 + 4\nA:")["input_ids"]
+        assert opened.generate("3 + 4")[0].text is not None
+        for read in (opened.policy.tokens_of, lambda messages: one.read(messages).tokens):
+            assert 1 not in read([{"role": "user", "content": "a<eos>b"}])
+    with pytest.raises(RouterError, match=r"one is another model than .* and wording of prompts, or train again"):
+        Musketeers.from_run(own, "experts.0.template='{question}'")

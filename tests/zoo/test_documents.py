@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoTokenizer
 
 from cluster.zoo.corpus import Documents, ExpertCorpus, PolicyCorpus
 from cluster.zoo.hints import Hints
 from cluster.zoo.models import answer_logits, greedy, new_model, train_tokenizer
 from cluster.zoo.recipe import HintRecipe, ModelRecipe, Phase, Recipe, TokenizerRecipe
 from cluster.zoo.training import loss_of, train
+from cluster.zoo.worker import save_tokenizer
 from rewards.sources import Task
 from rollout.sequence import lay_out_completions, lay_out_prompts
 
@@ -171,3 +175,15 @@ def test_training_teaches_an_expert_its_task(recipe: Recipe, tasks: dict[str, Ta
     prompts = tasks["twice"].train
     answers = greedy(model, tokenizer, [tokenizer.encode(prompt.text) for prompt in prompts])
     assert np.mean([a == p.answer for a, p in zip(answers, prompts, strict=True)]) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "qwen3", "phi3", "llama", "gemma3_text"])
+def test_a_tokenizer_is_read_back_beside_a_model_of_any_type(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert None not in settings["auto_map"]["AutoTokenizer"][1:]
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    text = "What is 3 plus 14?\nAnswer:"
+    assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert found.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
