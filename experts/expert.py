@@ -18,6 +18,7 @@ from experts.chat import ChatSettings, Messages, PromptStyle, Reading, worded
 from experts.config import CacheConfig, ExpertConfig
 from experts.encoder import Encoder, build_encoder
 from experts.selfcheck import Finding, check_expert, check_tokenizer, require
+from experts.stops import cut_at_stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +204,14 @@ class Expert:
         cut = sum(each.cut for each in readings)
         return Encoded(self.config.name, (), (), 0, 0, seconds, tuple(rows), said, spent, spent, cut)
 
-    def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
-        """The expert's own greedy answers, as texts."""
+    def answer(self, prompts: Sequence[Messages], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """The expert's own greedy answers, as texts, each up to the first stop string in it."""
         answers: list[str] = []
         for at in range(0, len(prompts), self.config.batch):
             rows = [self.read(messages).tokens for messages in prompts[at : at + self.config.batch]]
             new = self.encoder.answer(rows, max_new_tokens)
-            answers += [self.frozen.tokenizer.decode(_until(row, self.frozen.end_tokens)) for row in new]
+            texts = [self.frozen.tokenizer.decode(_until(row, self.frozen.end_tokens)) for row in new]
+            answers += [cut_at_stop(text, stop) for text in texts]
         return answers
 
     def read(self, messages: Messages) -> Reading:

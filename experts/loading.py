@@ -268,7 +268,7 @@ def check_end_token(path: str) -> None:
 
 
 def load_tokenizer(path: str) -> Any:
-    """A model's tokenizer alone.
+    """A model's tokenizer alone, which decodes what it is given and cleans nothing up.
 
     Raises:
         ModelError: when it cannot be read.
@@ -276,10 +276,20 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises nothing more special, and a file may lack any key
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise ModelError(f"model {path!r}: its tokenizer cannot be read: {reason}") from error
+    _decode_as_it_is(tokenizer)
+    return tokenizer
+
+
+def _decode_as_it_is(tokenizer: Any) -> None:
+    """Switches off what would take spaces out of an answer, such as that in `a , b`."""
+    tokenizer.clean_up_tokenization_spaces = False
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is not None and hasattr(decoder, "cleanup"):  # of word pieces
+        decoder.cleanup = False
 
 
 def import_transformers() -> Any:

@@ -137,6 +137,7 @@ class VllmEngine:
         end_tokens: Sequence[int],
         seeds: Sequence[int] | None,
         adapter: Path | None = None,
+        stop: Sequence[str] = (),
     ) -> list[list[Sample]]:
         """Several answers to every prompt.
 
@@ -145,6 +146,7 @@ class VllmEngine:
                 cache does not see (vLLM issue 56655).
             seeds: one a prompt; None where sampling is greedy.
             adapter: folder of a LoRA adapter; equal folders must hold equal ones.
+            stop: texts that end an answer; vLLM sees some only with a later token, when its characters are whole.
 
         Raises:
             EngineDiedError: when the engine's process is gone.
@@ -161,8 +163,8 @@ class VllmEngine:
                 logprobs=0,
                 stop_token_ids=list(end_tokens),
                 ignore_eos=True,  # the stop tokens are all there is
-                detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                **_stopping(stop),
             )
 
         lora = None if adapter is None else self._adapter(adapter)
@@ -193,6 +195,7 @@ class VllmEngine:
         end_tokens: Sequence[int],
         seed: int,
         adapter: Path | None = None,
+        stop: Sequence[str] = (),
     ) -> AsyncGenerator[tuple[int, Sample, bool | None]]:
         """One prompt's samples as they are made: which one, what is new, and at its end whether it stopped by itself.
 
@@ -216,8 +219,8 @@ class VllmEngine:
             logprobs=0,
             stop_token_ids=list(end_tokens),
             ignore_eos=True,
-            detokenize=False,
             output_kind=RequestOutputKind.DELTA,
+            **_stopping(stop),
         )
         lora = None if adapter is None else self._adapter(adapter)
         asked = {"prompt_embeds": prompt}
@@ -356,6 +359,11 @@ def _pooler(pooling: str) -> dict[str, Any]:
         return {"pooler_config": PoolerConfig(tok_pooling_type="ALL", use_activation=False), "convert": "embed"}
     kinds: dict[str, Any] = {"last": "LAST", "first": "CLS", "mean": "MEAN"}
     return {"pooler_config": PoolerConfig(seq_pooling_type=kinds[pooling], use_activation=False), "convert": "embed"}
+
+
+def _stopping(stop: Sequence[str]) -> dict[str, Any]:
+    """What makes vLLM look for stop strings, in the same text as `StopStrings`."""
+    return {"detokenize": bool(stop), "stop": list(stop), "skip_special_tokens": False}
 
 
 def _sample(made: Any) -> Sample:

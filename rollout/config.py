@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from experts.adapter import LoraConfig
 from experts.config import EngineConfig
@@ -28,6 +28,8 @@ class SamplingConfig(BaseModel):
     """How the policy samples in training.
 
     samples: completions a prompt (the group size G); GRPO compares them, so at least 2.
+    stop: texts, up to 16; an answer ends with the token that completes one, in evaluation and serving too (see
+        docs/engines.md).
     top_p, top_k, min_p and penalties are refused on purpose: the learner would need the same
     support (see docs/mathematics.md).
     """
@@ -36,3 +38,11 @@ class SamplingConfig(BaseModel):
     samples: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0.0)
     max_new_tokens: int = Field(128, ge=1)
+    stop: tuple[str, ...] = Field((), max_length=16)
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("a stop string must not be empty")
+        return stop

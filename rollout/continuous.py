@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from experts.kv_cache import append_rows, drop_columns, new_cache, select_rows
 from experts.loading import FrozenModel
+from experts.stops import StopStrings
 from rollout.draws import draw_tokens
 from rollout.sequence import PrefixPosition, Tokens, lay_out_prompts, next_positions, with_prefix
 from rollout.types import FinishReason
@@ -36,6 +37,7 @@ class Decoding:
 
     temperature: 0 takes the most likely token.  top_p: samples among the most likely tokens of this mass.
     seed: the same one gives the same samples, whatever else is in the batch (with vLLM: nearly always).
+    stop: texts; a sample ends with the token that completes the first of them.
     """
 
     temperature: float = 1.0
@@ -43,6 +45,7 @@ class Decoding:
     max_new_tokens: int = 128
     samples: int = 1
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,15 @@ class _Row:
     sample: int
     draws: np.random.Generator
     left: int
+    stops: StopStrings
+    said: list[int] = field(default_factory=list)
+
+    def completes(self, token: int) -> bool:
+        """Whether the sample's text ends with this token."""
+        if not self.stops:
+            return False
+        self.said.append(token)
+        return self.stops.end(self.said)
 
 
 class ContinuousBatch:
@@ -173,9 +185,8 @@ class ContinuousBatch:
         self.sampled += len(self._rows)
         for index, (row, token, logprob) in enumerate(zip(self._rows, chosen.tolist(), logprobs.tolist(), strict=True)):
             row.left -= 1
-            finish = (
-                FinishReason.STOP if token in self.policy.end_tokens else FinishReason.LENGTH if row.left == 0 else None
-            )
+            ended = token in self.policy.end_tokens or row.completes(token)
+            finish = FinishReason.STOP if ended else FinishReason.LENGTH if row.left == 0 else None
             row.request.say(Piece(row.sample, (token,), (logprob,), finish))
             if finish is None:
                 going.append(index)
@@ -235,8 +246,10 @@ class ContinuousBatch:
         select_rows(cache, copies)
         mask, logits = batch.mask[copies], out.logits[copies, -1]
         new = [
-            _Row(request, sample, np.random.default_rng([how.seed, sample]), how.max_new_tokens)
-            for request, how in ((request, request.decoding) for request in requests)
+            _Row(request, sample, np.random.default_rng([how.seed, sample]), how.max_new_tokens, stops)
+            for request, how, stops in (
+                (r, r.decoding, StopStrings(self.policy.tokenizer, r.decoding.stop)) for r in requests
+            )
             for sample in range(how.samples)
         ]
         if self._rows:

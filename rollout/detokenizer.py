@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-BROKEN = "\ufffd"  # what a decoder shows of half a character
+from experts.stops import BROKEN, cut_at_stop
 
 
 class Detokenizer:
@@ -32,7 +32,7 @@ class Detokenizer:
 
 
 class Stops:
-    """Cuts a text that comes in pieces before the first of some texts, which may lie across pieces."""
+    """Cuts a text that comes in pieces as `cut_at_stop` does; a stop string may lie across pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -41,9 +41,9 @@ class Stops:
     def add(self, text: str, last: bool = False) -> tuple[str, bool]:
         """What can be shown by now, and whether a stop was met; what may be the beginning of one is held back."""
         text = self._held + text
-        met = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if met:
-            return text[: min(met)], True
+        shown = cut_at_stop(text, self._stops)
+        if shown != text:
+            return shown, True
         kept = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept], False

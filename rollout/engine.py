@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from experts.adapter import adapter_arrays
@@ -21,6 +21,7 @@ from experts.architectures import policy_refusal
 from experts.kv_cache import new_cache, select_rows
 from experts.loading import FrozenModel, ModelError, weights_sha256
 from experts.state import RouterSnapshot
+from experts.stops import StopStrings, cut_at_stop
 from rollout.continuous import ContinuousBatch, Decoding, Piece
 from rollout.draws import draw_tokens
 from rollout.sequence import PrefixPosition, PromptBatch, Tokens, lay_out_prompts, next_positions, with_prefix
@@ -137,7 +138,7 @@ class TransformersEngine:
     def _generate(
         self, requests: Sequence[Request], prefix: Float[Tensor, "batch slots width"] | None, sampling: Sampling
     ) -> list[list[Completion]]:
-        model, device = self.policy.model, self.policy.device
+        model, tokenizer, device = self.policy.model, self.policy.tokenizer, self.policy.device
         slots = 0 if prefix is None else prefix.shape[1]
         batch = lay_out_requests(requests, slots, self.policy.pad_id, self.position, device)
         embedded = with_prefix(self.policy.embed(batch.tokens), prefix, batch)
@@ -151,17 +152,21 @@ class TransformersEngine:
             logits_to_keep=1,
         )
         logits, mask, uniforms = out.logits[:, -1], batch.mask, _stack_uniforms(requests, device)
-        ends = torch.tensor(self.policy.end_tokens, device=device)
+        ends, stops = torch.tensor(self.policy.end_tokens, device=device), StopStrings(tokenizer, sampling.stop)
         # Samples that are not at their end yet, and each one's row in the cache.
         live = torch.arange(len(requests) * sampling.samples, device=device)
         rows = live // sampling.samples
         tokens = torch.zeros(len(live), sampling.max_new_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(live), sampling.max_new_tokens, device=device)
+        completed = torch.zeros_like(tokens, dtype=torch.bool)  # by the text that ends there
         for step in range(sampling.max_new_tokens):
             draws = None if uniforms is None else uniforms[live, step]
             chosen, logprobs[live, step] = pick(logits, rows, sampling.temperature, draws)
             tokens[live, step] = chosen
             going = ~torch.isin(chosen, ends)
+            if stops:
+                completed[live, step] = _complete(stops, live, rows, tokens[:, : step + 1])
+                going &= ~completed[live, step]
             live, rows, chosen = live[going], rows[going], chosen[going]
             if step + 1 == sampling.max_new_tokens or len(live) == 0:
                 break
@@ -181,8 +186,8 @@ class TransformersEngine:
                 use_cache=True,
             )
             logits = out.logits[:, -1]
-        said = slice(None, step + 1)
-        flat = self._completions(tokens[:, said].cpu().numpy(), logprobs[:, said].cpu().numpy())
+        said, logged, ended = (part[:, : step + 1].cpu().numpy() for part in (tokens, logprobs, completed))
+        flat = self._completions(said, logged, ended, sampling.stop)
         return [flat[i : i + sampling.samples] for i in range(0, len(flat), sampling.samples)]
 
     def stream(
@@ -218,19 +223,25 @@ class TransformersEngine:
         if self._streams is not None:
             self._streams.close()
 
-    def _completions(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
-        """One a row; equal rows are one object, which saves everybody after this most of the work."""
-        ended = np.isin(tokens, self.policy.end_tokens)
+    def _completions(
+        self, tokens: np.ndarray, logprobs: np.ndarray, completed: np.ndarray, stop: Sequence[str]
+    ) -> list[Completion]:
+        """One a row; equal rows are one object, which saves everybody after this most of the work.
+
+        completed: where a token completes a stop string.
+        """
+        ends = np.isin(tokens, self.policy.end_tokens)
+        ended = ends | completed
         stopped = np.asarray(ended.any(axis=1))
         lengths = np.where(stopped, ended.argmax(axis=1) + 1, tokens.shape[1])
         keys = [(t[:n].tobytes(), p[:n].tobytes()) for t, p, n in zip(tokens, logprobs, lengths, strict=True)]
         rows = list({key: row for row, key in enumerate(keys)}.values())
-        shown = [tokens[row, : lengths[row] - 1 if stopped[row] else lengths[row]] for row in rows]
+        shown = [tokens[row, : lengths[row] - ends[row, lengths[row] - 1]] for row in rows]
         made = {
             keys[row]: Completion(
                 tokens=tokens[row, : lengths[row]],
                 logprobs=logprobs[row, : lengths[row]],
-                text=text,
+                text=cut_at_stop(text, stop),
                 finish=FinishReason.STOP if stopped[row] else FinishReason.LENGTH,
             )
             for row, text in zip(rows, self.policy.tokenizer.batch_decode(shown), strict=True)
@@ -268,6 +279,16 @@ def pick(
             raise ValueError("sampling at a temperature above 0 needs the requests' uniform draws")
         chosen = draw_tokens(logprobs, rows, uniforms)
     return chosen, logprobs[rows, chosen]
+
+
+def _complete(
+    stops: StopStrings, live: Int[Tensor, " live"], rows: Int[Tensor, " live"], tokens: Int[Tensor, "samples length"]
+) -> Bool[Tensor, " live"]:
+    """Which live samples' last token completes a stop string; samples of one row have said the same before it."""
+    samples, last = live.tolist(), list(zip(rows.tolist(), tokens[live, -1].tolist(), strict=True))
+    example = dict(zip(last, samples, strict=True))
+    found = {way: stops.may_end(way[1]) and stops.end(tokens[at].tolist()) for way, at in example.items()}
+    return torch.tensor([found[way] for way in last], device=live.device)
 
 
 def _stack_uniforms(requests: Sequence[Request], device: torch.device) -> Tensor | None:

@@ -28,6 +28,7 @@ from experts.selfcheck import (
     tolerance,
     vocabulary,
 )
+from experts.stops import StopStrings
 from rollout.engine import PolicyEngine, Request, TransformersEngine
 from rollout.types import Completion, Sampling
 from rollout.vllm import VllmPolicyEngine
@@ -125,7 +126,7 @@ def _check_vllm(engine: VllmPolicyEngine, probe: Probe, limits: Tolerance) -> li
 
     def read_as_ids(row: int) -> Completion:
         ((sample,),) = engine.engine.generate([probe.tokens[row]], 1, 0.0, NEW, (), None)
-        return engine._completions([sample])[0]
+        return engine._completions([sample], StopStrings(engine.policy.tokenizer, ()))[0]
 
     def agree(some: Sequence[Completion], others: Sequence[Completion]) -> tuple[bool, str]:
         worst = max(map(_greedy_difference, some, others))

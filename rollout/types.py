@@ -38,7 +38,7 @@ class RewardStatus(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended: an end token was sampled, or the length limit cut it."""
+    """Why a completion ended: an end token was sampled or a stop string completed, or the length limit cut it."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -75,20 +75,27 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Effective sampling parameters.  `temperature` 0 is greedy (evaluation only)."""
+    """Effective sampling parameters.
+
+    temperature: 0 is greedy (evaluation only).
+    stop: texts; a completion ends with the token that completes the first of them.
+    """
 
     temperature: float
     max_new_tokens: int
     samples: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One sampled answer.
 
-    tokens: (length,) int64, the end token included when it was sampled.
+    tokens: (length,) int64, with the end token or the token that completed a stop string, which were sampled like any
+        other.
     logprobs: (length,) float32, log-probabilities of `tokens` under the distribution that was
         sampled from, temperature included.
+    text: what verifiers read: the tokens decoded, without the end token, up to a stop string.
     """
 
     tokens: np.ndarray
@@ -339,7 +346,7 @@ def _pack(groups: Sequence[Group]) -> tuple[Any, ...]:
     completions, said = distinct_objects([completion for group in groups for completion in group.completions])
     return (
         [(g.prompt.ordinal, g.prompt.task, g.prompt.messages, g.prompt.answer, g.prompt.payload) for g in groups],
-        [(g.sampling.temperature, g.sampling.max_new_tokens, g.sampling.samples) for g in groups],
+        [(g.sampling.temperature, g.sampling.max_new_tokens, g.sampling.samples, g.sampling.stop) for g in groups],
         [(g.router.version, g.router.incarnation, g.router.checksum) for g in groups],
         [(g.prefix_hash, g.prefix_rms_ratio, g.feature_keys) for g in groups],
         [(len(g.completions), len(g.scores)) for g in groups],
@@ -392,7 +399,9 @@ def _unpack(packed: tuple[Any, ...]) -> tuple[Group, ...]:
             prompt=_prompt(prompt),
             prompt_tokens=prompt_tokens,
             completions=tuple(itertools.islice(completions, count)),
-            sampling=Sampling(temperature=sampling[0], max_new_tokens=sampling[1], samples=sampling[2]),
+            sampling=Sampling(
+                temperature=sampling[0], max_new_tokens=sampling[1], samples=sampling[2], stop=sampling[3]
+            ),
             router=RouterStamp(version=router[0], incarnation=router[1], checksum=router[2]),
             draws=Draws(expert_mask=mask, choice=choice[0], choice_logprob=choice[1], open=choice[2]),
             prefix_hash=prefix[0],

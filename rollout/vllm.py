@@ -17,6 +17,7 @@ from torch import Tensor
 from experts.adapter import adapter_arrays, write_adapter
 from experts.loading import FrozenModel
 from experts.state import RouterSnapshot
+from experts.stops import StopStrings, cut_at_stop
 from experts.vllm_engine import Sample, VllmEngine
 from rollout.config import PolicyConfig
 from rollout.continuous import Decoding, Piece
@@ -72,8 +73,10 @@ class VllmPolicyEngine:
             self.policy.end_tokens,
             None if greedy else [request.seed for request in requests],
             self._adapter_file(snapshot),
+            sampling.stop,
         )
-        return [self._completions(samples) for samples in made]
+        stops = StopStrings(self.policy.tokenizer, sampling.stop)
+        return [self._completions([_up_to_stop(sample, stops) for sample in samples], stops) for samples in made]
 
     async def stream(
         self,
@@ -94,11 +97,20 @@ class VllmPolicyEngine:
             self.policy.end_tokens,
             decoding.seed,
             self._adapter_file(snapshot),
+            decoding.stop,
         )
+        stops = StopStrings(self.policy.tokenizer, decoding.stop)
+        going = {sample: list[int]() for sample in range(decoding.samples)}
         async with contextlib.aclosing(made):
             async for sample, new, stopped in made:
-                finish = None if stopped is None else FinishReason.STOP if stopped else FinishReason.LENGTH
-                yield Piece(sample, tuple(new.tokens), tuple(new.logprobs), finish)
+                if sample not in going:
+                    continue  # vLLM has not seen yet that it is over
+                piece = _piece(sample, new, stopped, stops, going[sample])
+                yield piece
+                if piece.finish is not None:
+                    del going[sample]
+                if not going:
+                    break
 
     @property
     def under_way(self) -> int:
@@ -145,18 +157,38 @@ class VllmPolicyEngine:
         if self.lora is not None:
             shutil.rmtree(self._adapters, ignore_errors=True)
 
-    def _completions(self, samples: Sequence[Sample]) -> list[Completion]:
+    def _completions(self, samples: Sequence[Sample], stops: StopStrings) -> list[Completion]:
         """Equal samples are one object, which saves everybody after this most of the work."""
         keys = [(*sample.tokens, *sample.logprobs) for sample in samples]
         distinct = list(dict(zip(keys, samples, strict=True)).items())
-        shown = [sample.tokens[: -1 if sample.stopped else None] for _, sample in distinct]
+        ends = self.policy.end_tokens
+        shown = [sample.tokens[: -1 if sample.tokens[-1] in ends else None] for _, sample in distinct]
         made = {
             key: Completion(
                 tokens=np.array(sample.tokens, dtype=np.int64),
                 logprobs=np.array(sample.logprobs, dtype=np.float32),
-                text=text,
+                text=cut_at_stop(text, stops.stops),
                 finish=FinishReason.STOP if sample.stopped else FinishReason.LENGTH,
             )
             for (key, sample), text in zip(distinct, self.policy.tokenizer.batch_decode(shown), strict=True)
         }
         return [made[key] for key in keys]
+
+
+def _up_to_stop(sample: Sample, stops: StopStrings) -> Sample:
+    """A sample up to the token that completes a stop string.
+
+    vLLM's own end may come later: it reads on where a token brings half a character.
+    """
+    length = stops.length(sample.tokens) if stops else None
+    return sample if length is None else Sample(sample.tokens[:length], sample.logprobs[:length], True)
+
+
+def _piece(sample: int, new: Sample, stopped: bool | None, stops: StopStrings, said: list[int]) -> Piece:
+    """What is new of a sample, up to its end, and added to what it has said."""
+    for count, token in enumerate(new.tokens, 1):
+        said.append(token)
+        if stops and stops.end(said):
+            return Piece(sample, tuple(new.tokens[:count]), tuple(new.logprobs[:count]), FinishReason.STOP)
+    finish = None if stopped is None else FinishReason.STOP if stopped else FinishReason.LENGTH
+    return Piece(sample, tuple(new.tokens), tuple(new.logprobs), finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,9 +31,32 @@ def tokenizer(end: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def make(folder: Path, family: str, width: int = 32, layers: int = 2, seed: int = 0, end: bool = True) -> Path:
+def by_pieces(pieces: Sequence[str], decoder: decoders.Decoder) -> PreTrainedTokenizerFast:
+    """As many tokens as `tokenizer` has: these pieces, and then single characters; it is there to decode."""
+    vocabulary = list(
+        dict.fromkeys(["<pad>", "<eos>", "<unk>", *pieces, *CHARACTERS.replace("\n", "").replace(" ", "")])
+    )
+    named = {piece: index for index, piece in enumerate(vocabulary[: len(CHARACTERS) + 3])}
+    backend = Tokenizer(models.WordLevel(named, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+
+
+def make(
+    folder: Path,
+    family: str,
+    width: int = 32,
+    layers: int = 2,
+    seed: int = 0,
+    end: bool = True,
+    tokens: PreTrainedTokenizerFast | None = None,
+) -> Path:
     """Saves a random model with its tokenizer; weights large enough that outputs depend on inputs."""
-    tokens = tokenizer(end)
+    tokens = tokenizer(end) if tokens is None else tokens
+    # Most tokenizers of the hub ask for it; nothing of ours may do as they ask.
+    tokens.clean_up_tokenization_spaces = True
+    tokens.init_kwargs["clean_up_tokenization_spaces"] = True
     shared = {
         "vocab_size": len(tokens),
         "hidden_size": width,

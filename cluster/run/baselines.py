@@ -48,6 +48,7 @@ class KnownBaselines:
             "experts": [expert.name for expert in c.experts],
             "policy_dtype": c.policy.dtype,
             "max_new_tokens": c.sampling.max_new_tokens,
+            "stop": c.sampling.stop,
             "text": c.router.text.model_dump(mode="json"),
             "rewards": c.rewards.model_dump(mode="json", exclude={"workers", "processes"}),
             "tasks": {n: task.config.model_dump(mode="json", exclude={"weight"}) for n, task in self._tasks.items()},

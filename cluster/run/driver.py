@@ -55,7 +55,10 @@ class Driver:
         self._writing: asyncio.Task[None] | None = None
         sampling = config.sampling
         self._sampling = Sampling(
-            temperature=sampling.temperature, max_new_tokens=sampling.max_new_tokens, samples=sampling.samples
+            temperature=sampling.temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            samples=sampling.samples,
+            stop=sampling.stop,
         )
 
     @property

@@ -140,8 +140,8 @@ class Evaluator:
 
         ask: what the experts are asked about some prompts.  how: as `RolloutWorker.generate` takes it, such as alone.
         """
-        limit = self.config.sampling.max_new_tokens
-        sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples)
+        limit, stop = self.config.sampling.max_new_tokens, self.config.sampling.stop
+        sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples, stop=stop)
         references: list[Reference] = []
         stages: list[Stage] = []
         size = self.config.evaluation.batch
@@ -162,7 +162,8 @@ class Evaluator:
         """An expert's own texts, and 1 where they are right."""
         messages = [prompt.messages for prompt in prompts]
         asked, verifier = self.fleet.copies[expert].handles[0], self.fleet.rewards[0]
-        texts = asked.call("answer", messages, self.config.sampling.max_new_tokens)
+        limit, stop = self.config.sampling.max_new_tokens, self.config.sampling.stop
+        texts = asked.call("answer", messages, limit, stop)
         scores = verifier.call("score_texts", list(prompts), texts)
         stages = [Stage.of(asked, texts), Stage.of(verifier, scores)]
         what = f"the answers of expert {self.experts[expert]}"

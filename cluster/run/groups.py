@@ -69,7 +69,12 @@ def _pack(group: Group) -> dict[str, Any]:
             for c in distinct
         ],
         "samples": said,  # places among the completions, which are distinct
-        "sampling": [group.sampling.temperature, group.sampling.max_new_tokens, group.sampling.samples],
+        "sampling": [
+            group.sampling.temperature,
+            group.sampling.max_new_tokens,
+            group.sampling.samples,
+            *group.sampling.stop,
+        ],
         "router": [group.router.version, group.router.incarnation, group.router.checksum],
         "expert_mask": group.draws.expert_mask.tolist(),
         "choice": [group.draws.choice, group.draws.choice_logprob, group.draws.open],
@@ -95,7 +100,7 @@ def _draws(packed: dict[str, Any]) -> Draws:
 
 
 def _unpack(packed: dict[str, Any], prompt: Callable[[int, int | None], Prompt]) -> Group:
-    temperature, max_new_tokens, samples = packed["sampling"]
+    temperature, max_new_tokens, samples, *stop = packed["sampling"]
     version, incarnation, checksum = packed["router"]
     distinct = [
         Completion(
@@ -110,7 +115,7 @@ def _unpack(packed: dict[str, Any], prompt: Callable[[int, int | None], Prompt])
         prompt=prompt(packed["ordinal"], packed["level"]),
         prompt_tokens=np.array(packed["prompt_tokens"], dtype=np.int64),
         completions=tuple(distinct[place] for place in packed["samples"]),
-        sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens, samples=samples),
+        sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens, samples=samples, stop=tuple(stop)),
         router=RouterStamp(version=version, incarnation=incarnation, checksum=checksum),
         draws=_draws(packed),
         prefix_hash=packed["prefix_hash"],

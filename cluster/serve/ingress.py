@@ -214,6 +214,7 @@ class Server:
             max_new_tokens=asked.limit or sampling.max_new_tokens,
             samples=asked.n,
             seed=secrets.randbits(62) if asked.seed is None else asked.seed,
+            stop=tuple(dict.fromkeys((*sampling.stop, *asked.stop))),
         )
 
     async def _opened(
@@ -245,9 +246,7 @@ class Server:
         seen = await self._ask(messages)
         self.measures.asked(seen, time.perf_counter() - start)
         for attempt in range(ATTEMPTS):
-            stream = self.policy.options(stream=True).answer.remote(
-                messages, seen.encoded, decoding, asked.stop, not asked.stream
-            )
+            stream = self.policy.options(stream=True).answer.remote(messages, seen.encoded, decoding, not asked.stream)
             try:
                 opening = await anext(stream)
                 self._opened_at = time.monotonic()

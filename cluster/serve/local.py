@@ -98,6 +98,7 @@ class Musketeers:
         samples: int = 1,
         seed: int = 0,
         hidden: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[Answer]:
         """An answer to every prompt, in one batch.
 
@@ -109,9 +110,10 @@ class Musketeers:
             samples: answers a prompt.
             seed: of sampling.
             hidden: experts to leave out: the router sees their stand-ins, or without these nothing in their place.
+            stop: texts that end an answer, in addition to the run's own.
 
         Raises:
-            ValueError: when a prompt is too long, or no expert has such a name.
+            ValueError: when a prompt is too long, no expert has such a name, or a stop string is empty.
         """
         asked = self._prompts(prompts)
         if unknown := set(hidden) - set(self.names):
@@ -124,7 +126,10 @@ class Musketeers:
         known = self.policy.stand_ins
         places = [self.names.index(name) for name in hidden if name not in known]
         stand_ins = {self.names.index(name): known[name] for name in hidden if name in known}
-        sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples)
+        stops = tuple(dict.fromkeys((*self.opened.config.sampling.stop, *([stop] if isinstance(stop, str) else stop))))
+        if "" in stops:
+            raise ValueError("a stop string must not be empty")
+        sampling = Sampling(temperature=temperature, max_new_tokens=limit, samples=samples, stop=stops)
         encoded = [_without_answers(part) if part.expert in hidden else part for part in self._encoded(asked)]
         self.policy.check_room(self.policy.messages_for(asked, encoded), limit)
         self.policy.seed = seed
@@ -147,11 +152,12 @@ class Musketeers:
         asked = self._prompts(prompts)
         limit = max_new_tokens or self.opened.config.sampling.max_new_tokens
         answers = self.generate([prompt.messages for prompt in asked], max_new_tokens=limit)
-        sampling = Sampling(temperature=0.0, max_new_tokens=limit, samples=1)
+        stop = self.opened.config.sampling.stop
+        sampling = Sampling(temperature=0.0, max_new_tokens=limit, samples=1, stop=stop)
         alone = self.policy.generate(asked, sampling, self.opened.trained.snapshot, training=False, alone=True).groups
         messages = [prompt.messages for prompt in asked]
         able = [expert for expert in self.experts if not expert.frozen.is_encoder]
-        said = {expert.config.name: expert.answer(messages, limit) for expert in able}
+        said = {expert.config.name: expert.answer(messages, limit, stop) for expert in able}
         return [
             Compared(answer, group.completions[0].text, {name: mine[row] for name, mine in said.items()})
             for row, (answer, group) in enumerate(zip(answers, alone, strict=True))

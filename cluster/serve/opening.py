@@ -17,7 +17,16 @@ from rewards.prompts import prompt_of
 from rollout.types import Message
 
 # What may differ from training: where and how fast models run.  Models elsewhere must be the same ones.
-CHANGEABLE = ("experts", "policy", "cache", "threads", "ray", "sampling.max_new_tokens", "sampling.temperature")
+CHANGEABLE = (
+    "experts",
+    "policy",
+    "cache",
+    "threads",
+    "ray",
+    "sampling.max_new_tokens",
+    "sampling.temperature",
+    "sampling.stop",
+)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ class _StreamOptions(BaseModel):
 
 
 class _Asked(BaseModel):
-    """What both kinds of request share.  temperature, top_p, max_tokens: None takes the run's own."""
+    """What both kinds of request share.
+
+    temperature, top_p, max_tokens: None takes the run's own.  stop: in addition to the run's own.
+    """
 
     model_config = ConfigDict(extra="forbid")
     model: str

@@ -149,18 +149,16 @@ class PolicyReplica:
         messages: Messages,
         encoded: Sequence[Encoded | None],
         decoding: Decoding,
-        stops: Sequence[str],
         whole: bool,
     ) -> AsyncIterator[Opening | Said]:
         """An opening, then what is said, as it comes; see `Answerer.open`.
 
-        stops: texts before which an answer ends.
         whole: each sample in one piece, when it is complete.
         """
         opened = await asyncio.to_thread(self._answerer.open, messages, encoded, decoding)
         attention = dict(zip(self._names, map(float, opened.attention), strict=True))
         yield Opening(len(opened.tokens), opened.slots, attention, opened.gate, opened.hidden)
-        texts = [_Text(self._answerer.policy, stops, sample) for sample in range(decoding.samples)]
+        texts = [_Text(self._answerer.policy, decoding.stop, sample) for sample in range(decoding.samples)]
         stream: Any = self._answerer.stream(opened, decoding)
         async with contextlib.aclosing(stream):
             async for piece in stream:

@@ -73,6 +73,7 @@ def test_equal_runs_measure_once(tmp_path: Path, tasks: dict[str, Task]) -> None
     "change",
     [
         {"sampling": {"max_new_tokens": 7}},
+        {"sampling": {"stop": ["Q:"]}},
         {"rewards": {"binary_at": None}},
         {"policy": {"model": "p", "dtype": "bfloat16"}},
         {"evaluation": {"prompts": 2, "router_examples": 4}},

@@ -97,6 +97,16 @@ def test_a_run_s_own_settings_change_nothing(run: Path) -> None:
     assert rescore_run(run, "2", None, [], None)["sums"].groups == 2
 
 
+def test_a_kept_group_has_its_stop_strings_and_one_of_before_has_none(run: Path) -> None:
+    config = parse(settings(run.parent, data=data_of(run.parent)), "test")
+    stream = PromptStream(build_tasks(config.data), config.data)
+    first, *_ = groups.read(run / "groups", 1, stream.prompt)
+    assert first.sampling.stop == ()
+    kept = replace(first, sampling=replace(first.sampling, stop=("\n\nQ", "é")))
+    groups.write(run / "groups", 1, [kept])
+    assert groups.read(run / "groups", 1, stream.prompt)[0].sampling == kept.sampling
+
+
 def test_another_verifier_s_verdicts_and_advantages_are_counted(run: Path) -> None:
     found = rescore_run(run, "2..3", None, ["data.tasks.0.verifier=integer", "data.tasks.1.verifier=number"], None)
     stricter, milder = found["sums"], found["more"]

@@ -54,7 +54,7 @@ def groups(draw: st.DrawFn) -> Group:
             )
             for n in lengths
         ),
-        sampling=Sampling(temperature=0.7, max_new_tokens=4, samples=count),
+        sampling=Sampling(temperature=0.7, max_new_tokens=4, samples=count, stop=("Q:",) * draw(st.integers(0, 2))),
         router=RouterStamp(version=3, incarnation=1, checksum="c"),
         draws=Draws(expert_mask=rng.random(experts) > 0.5),
         prefix_hash="h",

@@ -172,6 +172,14 @@ def test_a_body_that_is_no_json_is_refused(serving, body: bytes) -> None:
         asyncio.run(serving(lambda prompt: []).respond(request, ChatRequest))
 
 
+def test_a_request_s_stop_strings_come_behind_the_run_s_own(bundle: Path) -> None:
+    opened = ready(bundle, None, ["sampling.stop=['a', \"\\n\\n\"]"])
+    server = Server(Facts("m", opened, "nothing", 1, 1.0, 1.0, 0), Policy(lambda text: []), Panel({}, 1.0))
+    for stop, found in ((None, ("a", "\n\n")), ("b", ("a", "\n\n", "b")), (["a", "c"], ("a", "\n\n", "c"))):
+        asked = CompletionRequest.model_validate({"model": "m", "prompt": "x", "stop": stop})
+        assert server._decoding(asked).stop == found
+
+
 def test_a_body_without_end_is_refused(serving) -> None:
     class Endless:
         async def stream(self) -> Any:

@@ -62,6 +62,29 @@ def test_samples_depend_on_the_seed_alone(musketeers: Musketeers) -> None:
     assert musketeers.generate("3 + 4", temperature=1.0, samples=8, seed=2)[0].texts != first.texts
 
 
+def test_answers_end_at_the_run_s_stop_strings_and_at_those_that_are_asked_for(
+    musketeers: Musketeers, bundle: Path
+) -> None:
+    whole = musketeers.compare(QUESTIONS)
+    first, second = (max((each.answer.text for each in whole), key=len)[at : at + 2] for at in (1, 3))
+
+    def cut(text: str, *stops: str) -> str:
+        return min([text, *(text.partition(stop)[0] for stop in stops)], key=len)
+
+    for stop in (second, [second]):
+        texts = [answer.text for answer in musketeers.generate(QUESTIONS, stop=stop)]
+        assert texts == [cut(each.answer.text, second) for each in whole] != [each.answer.text for each in whole]
+    with pytest.raises(ValueError, match="stop string must not be empty"):
+        musketeers.generate(QUESTIONS, stop=["a", ""])
+    with Musketeers.from_run(bundle, f"sampling.stop=['{first}', 'e']") as other:
+        answers = other.generate(QUESTIONS, stop=second)
+        assert [a.text for a in answers] == [cut(each.answer.text, first, "e", second) for each in whole]
+        assert {a.finish for a in answers if "e" in a.text} == set()
+        for mine, each in zip(other.compare(QUESTIONS), whole, strict=True):
+            assert mine.alone == cut(each.alone, first, "e")
+            assert mine.experts == {name: cut(text, first, "e") for name, text in each.experts.items()}
+
+
 def test_alone_is_the_policy_as_transformers_runs_it(musketeers: Musketeers, bundle: Path) -> None:
     found = musketeers.compare(QUESTIONS)
     assert [each.answer for each in found] == musketeers.generate(QUESTIONS)
