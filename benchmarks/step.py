@@ -138,7 +138,7 @@ def check(given: argparse.Namespace) -> None:
         ValueError: one line that says what to do.
     """
     from cluster.config import load
-    from cluster.run.preflight import model_path
+    from cluster.run.models import model_path
 
     for reference in load(given.config, given.overrides).models().values():
         model_path(reference)

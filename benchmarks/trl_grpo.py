@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.job import Job
 from cluster.config import RunConfig, load
-from cluster.run.preflight import model_path
+from cluster.run.models import model_path
 from rewards.sources import build_tasks
 from rewards.stream import PromptStream
 from rollout.types import Prompt

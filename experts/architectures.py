@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from experts.bidirectional import is_encoder
 from experts.kv_cache import is_recurrent, new_cache
 from experts.loading import ModelError, reads_ids
 
@@ -46,6 +47,8 @@ def policy_refusal(config: Any, engine: str = "transformers") -> str | None:
     """Why models of this configuration cannot read a prefix and go on from what they have read; None where they can."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if is_encoder(config):
+        return "it is an encoder, which reads and cannot write"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model of this type"
     arguments = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters

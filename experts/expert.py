@@ -142,6 +142,7 @@ class Expert:
             "fingerprint": self._fingerprint,
             "date": self.frozen.chat.date,
             "sha256": self.sha256(),
+            "answers": not self.frozen.is_encoder,
         }
 
     @property

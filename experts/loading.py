@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from experts.adapter import MARK, Adapter, LoraConfig
+from experts.bidirectional import encoder_arguments, is_encoder
 from experts.chat import Chat, ChatSettings, Messages, canonical
 
 
@@ -28,9 +29,10 @@ UNTRAINED_SEED = 65537
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A causal language model none of whose parameters can ever have a gradient.
+    """A language model none of whose parameters can ever have a gradient.
 
     path: where it came from: a folder, or a name of the hub.
+    end_tokens: none in an encoder, which reads and cannot answer.
     chat_settings: of what it is shown; those that change its prompts for good are part of what it is.
     """
 
@@ -46,7 +48,7 @@ class FrozenModel:
     @functools.cached_property
     def chat(self) -> Chat:
         """How conversations become its tokens."""
-        return Chat(self.tokenizer, self.chat_settings)
+        return Chat(self.tokenizer, self.chat_settings, closed=self.is_encoder)
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +64,14 @@ class FrozenModel:
     def body(self) -> Any:
         """The model without its output layer."""
         body = self.model.base_model
-        return body if body is not self.model else self.model.model  # Llama 4 names it wrongly
+        if body is not self.model or self.is_encoder:
+            return body
+        return self.model.model  # Llama 4 names it wrongly
+
+    @property
+    def is_encoder(self) -> bool:
+        """See `bidirectional.is_encoder`."""
+        return is_encoder(self.model.config)
 
     @property
     def parameters(self) -> int:
@@ -179,8 +188,8 @@ def describe(path: str) -> dict[str, Any]:
 
     Returns a dict with `architecture`, `hidden_size`, `embedding_size` (of a token, and so of a prefix), `layers`,
     `vocabulary`, `heads`, `kv_heads` and `head_size` (0 without attention), `longest` (positions, or None),
-    `feedforward`, `quantized` (by what method, or None), `tied` (embeddings) and `stored_bytes` of its weights (0 when
-    they are not here).
+    `feedforward`, `quantized` (by what method, or None), `tied` (embeddings), `encoder` (reads and cannot answer) and
+    `stored_bytes` of its weights (0 when they are not here).
 
     Raises:
         ModelError: when there is no such model, or its folder is incomplete.
@@ -223,6 +232,7 @@ def describe(path: str) -> dict[str, Any]:
         "stored_bytes": _stored_bytes(folder),
         "quantized": None if quantization is None else quantization.get("quant_method", "by an unknown method"),
         "tied": bool(getattr(config, "tie_word_embeddings", False)),
+        "encoder": is_encoder(config),
     }
 
 
@@ -245,12 +255,16 @@ def end_tokens(tokenizer: Any, name: str, generation_config: Any = None) -> tupl
 
 
 def check_end_token(path: str) -> None:
-    """Loads no weights, to refuse a model without an end token before anything expensive starts.
+    """Loads no weights, to refuse a model without an end token before anything expensive starts; encoders need none.
 
     Raises:
         ModelError: when there is none, or the tokenizer cannot be read.
     """
-    end_tokens(load_tokenizer(path), path, _generation_config(path))
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(path)
+    if not is_encoder(AutoConfig.from_pretrained(path)):
+        end_tokens(tokenizer, path, _generation_config(path))
 
 
 def load_tokenizer(path: str) -> Any:
@@ -299,7 +313,7 @@ def load_frozen(
     lora: LoraConfig | None = None,
     seed: int = 0,
 ) -> FrozenModel:
-    """Loads a causal language model and freezes it.
+    """Loads a causal language model, or the body of an encoder, and freezes it.
 
     untrained: with the weights that its architecture starts from, always the same, instead of those that are stored.
     lora: an adapter to be put in, which is all of it that can train; seed: of its start.
@@ -310,22 +324,27 @@ def load_frozen(
     transformers = import_transformers()
     tokenizer = load_tokenizer(path)
     try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        kind = transformers.AutoModel if is_encoder(config) else transformers.AutoModelForCausalLM
+        arguments = encoder_arguments(config)
         if untrained:
-            model = _untrained(path, getattr(torch, dtype))
+            model = _untrained(kind, config, arguments, getattr(torch, dtype))
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            model, found = kind.from_pretrained(
+                path, dtype=getattr(torch, dtype), output_loading_info=True, **arguments
+            )
+            if is_encoder(config) and found["missing_keys"]:  # transformers draws them at random
+                raise ValueError(f"its files hold no {min(found['missing_keys'])}")
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     return _frozen(path, name, model.to(device), tokenizer, getattr(model, "generation_config", None), lora, seed)
 
 
-def _untrained(path: str, dtype: torch.dtype) -> Any:
+def _untrained(kind: Any, config: Any, arguments: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """A fresh model of the architecture that is stored; the same one whatever was drawn before."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(dtype)
+        return kind.from_config(config, **arguments).to(dtype)
 
 
 def load_embeddings(
@@ -390,8 +409,8 @@ def _frozen(
 ) -> FrozenModel:
     model.requires_grad_(False)
     model.eval()
-    ends = end_tokens(tokenizer, path, generation_config)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    ends = () if is_encoder(model.config) else end_tokens(tokenizer, path, generation_config)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     adapter = None if lora is None else Adapter(model, lora, seed)
     model.eval()
     return FrozenModel(path, name or path, model, tokenizer, ends, pad_id, adapter)

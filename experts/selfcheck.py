@@ -265,7 +265,8 @@ def check_tokenizer(frozen: FrozenModel) -> list[Finding]:
         found, wanted = tokenizer.decode(written), tokenizer.decode(written, clean_up_tokenization_spaces=False)
         return found == wanted, f"an answer {wanted!r} is written as {found!r}"
 
-    return [look(check.__name__, check) for check in (ids, beginning, end, contents, decoding)]
+    checks = (ids, beginning, end, contents) if frozen.is_encoder else (ids, beginning, end, contents, decoding)
+    return [look(check.__name__, check) for check in checks]
 
 
 def check_expert(

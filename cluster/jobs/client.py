@@ -18,6 +18,7 @@ from cluster.jobs.names import JOB_CONFIG, JOB_ID, JOB_OVERWRITE
 from cluster.jobs.shared import absolute, digest_of
 from cluster.run.environment import PROCESS_ENVIRONMENT
 from cluster.zoo.paths import zoo_root
+from experts import sources
 
 T = TypeVar("T")
 
@@ -108,6 +109,10 @@ class Jobs:
         }
         if os.environ.get("MUSKETEERS_ZOO"):
             variables["MUSKETEERS_ZOO"] = str(zoo_root().absolute())
+        if os.environ.get("MUSKETEERS_MODELS"):
+            variables["MUSKETEERS_MODELS"] = str(sources.models_root().absolute())
+        if os.environ.get(sources.ACCEPTED):
+            variables[sources.ACCEPTED] = os.environ[sources.ACCEPTED]
         with tempfile.TemporaryDirectory() as folder:
             carried = [str(wheel.build(Path(folder))), *map(str, modules)]
             return self._ask(

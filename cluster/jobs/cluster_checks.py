@@ -19,6 +19,7 @@ from experts.loading import describe
 
 PROBE_S = 240.0
 WORKER_GIB = 0.7  # a process that has imported torch and transformers, with a small model
+FIRST = "the first training"
 ENGINE_GIB = 2.0  # vLLM's processes, without weights and cache
 
 
@@ -106,19 +107,22 @@ def _place(key: str, place: str, nodes: Sequence[Mapping[str, Any]]) -> Check:
 
 def config_checks(config: RunConfig) -> list[Check]:
     """Whether the models of a configuration are there."""
-    from cluster.run.preflight import check_models, check_start, model_path
+    from cluster.run.models import model_path
+    from cluster.run.preflight import check_models, check_start
+    from cluster.zoo import paths as zoo
 
     checks = []
     for key, reference in config.models().items():
         try:
             if not is_built(reference):
-                checks.append(Check(key, True, f"{reference}: the first training builds it"))
+                how = "builds it" if zoo.is_zoo(reference) else "gets it, or musketeers fetch"
+                checks.append(Check(key, True, f"{reference}: {FIRST} {how}"))
                 continue
             found = describe(model_path(reference))
             checks.append(Check(key, True, f"{reference}: {found['architecture']}, {found['layers']} layers"))
         except (ValueError, OSError) as error:
             checks.append(Check(key, False, f"{reference}: {error}", "mend the path, or the model's folder"))
-    if all(check.ok and "builds it" not in check.detail for check in checks):
+    if all(check.ok and FIRST not in check.detail for check in checks):
         try:
             check_models(config)
             check_start(config)
@@ -128,11 +132,10 @@ def config_checks(config: RunConfig) -> list[Check]:
 
 
 def is_built(reference: str) -> bool:
-    """Whether a model of the zoo is there; others are not built."""
-    from cluster.zoo import paths as zoo
-    from cluster.zoo.recipe import load_recipe
+    """Whether a model is there, if it is one that a run builds, fetches or converts by itself."""
+    from cluster.run.models import is_missing
 
-    return not zoo.is_zoo(reference) or zoo.is_built(zoo.world_folder(load_recipe(reference.split("/")[1])))
+    return not is_missing(reference)
 
 
 def local_resources(config: RunConfig) -> Check:

@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.config import ConfigError, RunConfig, is_url
 from cluster.run.hub import is_on_hub
 from cluster.zoo import paths as zoo
+from experts import sources
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -51,6 +52,8 @@ def places(config: RunConfig) -> dict[str, str]:
     for key, reference in config.models().items():
         if zoo.is_zoo(reference):
             found["the zoo (MUSKETEERS_ZOO)"] = str(zoo.zoo_root().absolute())
+        elif sources.is_cached(reference):
+            found["the cache of models (MUSKETEERS_MODELS)"] = str(sources.models_root().absolute())
         elif Path(reference).expanduser().exists():
             found[key] = str(Path(reference).expanduser().absolute())
     return found
@@ -123,5 +126,5 @@ def _absolute(path: str) -> str:
 
 
 def _model(reference: str) -> str:
-    """A model's reference; a local folder is written out."""
-    return _absolute(reference) if not zoo.is_zoo(reference) and Path(reference).expanduser().is_dir() else reference
+    """A model's reference; a local folder or file is written out."""
+    return _absolute(reference) if not zoo.is_zoo(reference) and Path(reference).expanduser().exists() else reference

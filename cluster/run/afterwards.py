@@ -18,6 +18,7 @@ from cluster.run.asked import asked_by
 from cluster.run.baselines import KnownBaselines, fingerprints
 from cluster.run.evaluate import Evaluator, digest_of
 from cluster.run.folder import RunFolder, RunFolderError
+from cluster.run.models import ensure_models
 from cluster.run.preflight import check_models, check_prompts
 from cluster.run.reporting import attention_by_task, report_run
 from cluster.run.start import Started, start_inline
@@ -25,7 +26,6 @@ from cluster.watch import ablation, logs, passes
 from cluster.watch.ablation import Ablation
 from cluster.watch.ablation_figure import ablation_figure
 from cluster.watch.tables import print_results
-from cluster.zoo import paths
 from experts.expert import whole
 from experts.router import router_class
 from experts.standins import read_stand_ins, write_stand_ins
@@ -58,11 +58,10 @@ def _open(
         }
     )
     tasks = build_tasks(config.data)
-    for world in sorted(paths.worlds_named_by(config.models().values())):
-        paths.ensure(world)
+    note = partial(console.print, highlight=False, soft_wrap=True)
+    ensure_models(config, note)
     check_models(config)
     tasks = check_prompts(config, tasks, lambda note: None)
-    note = partial(console.print, highlight=False, soft_wrap=True)
     folder.check_data(PromptStream(tasks, config.data), saved_at.driver, note)
     started = start_inline(config, {name: task.verifier for name, task in tasks.items()})
     started.fleet.asked = asked_by(config, tasks)

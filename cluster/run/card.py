@@ -13,6 +13,7 @@ from cluster.config import RunConfig
 from cluster.run.trained import Trained
 from cluster.watch.results import label
 from cluster.zoo import paths as zoo
+from experts import sources
 from experts.router import router_class
 
 TAGS = ["n-musketeers", "router", "soft-prompt", "mixture-of-experts", "reinforcement-learning", "grpo"]
@@ -45,7 +46,8 @@ def _front_matter(config: RunConfig) -> str:
 
 def _is_hub_name(model: str) -> bool:
     named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)
-    return bool(named) and not zoo.is_zoo(model) and not Path(model).expanduser().exists()
+    ours = zoo.is_zoo(model) or sources.is_cached(model)
+    return bool(named) and not ours and not Path(model).expanduser().exists()
 
 
 def _lead(trained: Trained) -> str:

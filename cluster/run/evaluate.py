@@ -101,13 +101,16 @@ class Evaluator:
     ) -> Evaluation:
         frozen = await self.answered(prompts, router, alone=True)
         results = {"frozen_policy": self.result(prompts, frozen.outcomes)}
+        able = [place for place in range(len(self.experts)) if place not in self.fleet.encoders]
+        if not able:
+            return results
         await self.fleet.prepare(answers=True)
-        own = [await self._own_answers(index, prompts) for index in range(len(self.experts))]
-        known = [await self._own_answers(index, examples) for index in range(len(self.experts))]
+        own = [await self._own_answers(place, prompts) for place in able]
+        known = [await self._own_answers(place, examples) for place in able]
         text = await self.answered(prompts, router, self._texts, alone=True)
         await self.fleet.prepare(answers=False)
-        for name, (_, outcomes) in zip(self.experts, own, strict=True):
-            results[f"experts/{name}"] = self.result(prompts, outcomes)
+        for place, (_, outcomes) in zip(able, own, strict=True):
+            results[f"experts/{self.experts[place]}"] = self.result(prompts, outcomes)
         right, right_before = (np.array([outcomes for _, outcomes in each]) for each in (own, known))
         everyone = np.arange(len(prompts))
         chosen = vote([said for said, _ in own], right_before.mean(axis=1))

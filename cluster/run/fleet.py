@@ -177,6 +177,7 @@ class Fleet:
     deadline_s: of every wait; start_deadline_s: of those for workers that load models.
     waits: all that are under way.
     asked: what the collaborator wants of the experts.
+    encoders: places of experts that read and cannot answer.
     """
 
     experts: Sequence[Handle]
@@ -189,6 +190,7 @@ class Fleet:
     waits: set[Wait] = field(default_factory=set)
     copies: Sequence[Replicas] = ()
     asked: Asked = field(default_factory=Asked)
+    encoders: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self.copies = self.copies or [Replicas([expert]) for expert in self.experts]
@@ -210,12 +212,15 @@ class Fleet:
         return self._ask(prompts, "encode", keep)
 
     def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[Stage]:
-        """Calls for every expert's own answers to these very prompts."""
-        return self._ask(prompts, "answers", max_new_tokens)
+        """Calls for the own answers to these very prompts of every expert that can answer."""
+        able = [expert for place, expert in enumerate(self.copies) if place not in self.encoders]
+        return self._ask(prompts, "answers", max_new_tokens, of=able)
 
-    def _ask(self, prompts: Sequence[Any], method: str, *more: Any) -> list[Stage]:
+    def _ask(
+        self, prompts: Sequence[Any], method: str, *more: Any, of: Sequence[Replicas] | None = None
+    ) -> list[Stage]:
         stages = []
-        for expert in self.copies:
+        for expert in self.copies if of is None else of:
             for handle, rows in expert.split(prompts, self.backend.is_ready):
                 made = handle.call(method, [prompts[row].messages for row in rows], rows, *more)
                 expert.sent(handle, made, len(rows))

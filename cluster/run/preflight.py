@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from rich.table import Table
 from cluster.config import ConfigError, RunConfig
 from cluster.run import hub
 from cluster.run.asked import answer_tokens
+from cluster.run.models import check_references, model_path
 from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
-from cluster.zoo import paths as zoo
 from experts.architectures import check_policy
 from experts.chat import Chat, ChatError, ChatSettings, Messages, worded
 from experts.config import EngineConfig, ExpertConfig
@@ -33,11 +33,6 @@ from rollout.types import Message
 
 HALF_PRECISION = ("awq", "gptq", "fp8")  # quantised weights that vLLM runs in no other dtype
 LONGEST = 100  # prompts with most characters, among which the one with most tokens is looked for
-
-
-def model_path(reference: str) -> str:
-    """Where a configuration's model is: a folder of the zoo, or the reference itself."""
-    return str(zoo.resolve(reference)) if zoo.is_zoo(reference) else reference
 
 
 def check_names(config: RunConfig) -> None:
@@ -57,9 +52,7 @@ def check_names(config: RunConfig) -> None:
         load_plugin(config.algorithm.kind, "algorithm.kind", ALGORITHMS)
     if config.router.init and not hub.is_on_hub(config.router.init):  # nothing is downloaded for a plan
         _check_experts(config, router_folder(config.router.init))
-    for reference in config.models().values():
-        if zoo.is_zoo(reference):
-            zoo.worlds_named_by([reference])
+    check_references(config)
 
 
 def check_models(config: RunConfig) -> None:
@@ -79,6 +72,7 @@ def check_models(config: RunConfig) -> None:
                 check_policy(model_path(reference), config.policy.engine)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
+    _check_encoders(config, [described[f"experts.{index}.model"] for index in range(len(config.experts))])
     for key, engine in config.engines().items():
         model = described[f"{key}.model"]
         try:
@@ -92,6 +86,27 @@ def check_models(config: RunConfig) -> None:
             _check_expert(key, engine, model, config)
     if config.data.max_prompt_tokens is not None:
         _check_policy_length(config, described["policy.model"], "data.max_prompt_tokens", config.data.max_prompt_tokens)
+
+
+def _check_encoders(config: RunConfig, models: Sequence[Mapping[str, Any]]) -> None:
+    """Encoders read and cannot answer."""
+    template, encoders = config.router.text.template, []
+    for index, (expert, model) in enumerate(zip(config.experts, models, strict=True)):
+        if not model["encoder"]:
+            continue
+        encoders.append(expert.name)
+        what = f"experts.{index}: {expert.model} is an encoder ({model['architecture']}), which reads and cannot answer"
+        if getattr(router_class(config.router.kind), "asks", "states") == "answers":
+            raise ConfigError(f"{what}: router.kind: {config.router.kind} asks for answers; take this expert out")
+        if f"{{{expert.name}}}" in template:
+            raise ConfigError(f"{what}: take {{{expert.name}}} out of router.text.template")
+        if expert.engine == "vllm":
+            raise ConfigError(f"experts.{index}.engine: {expert.model} is an encoder: take engine: transformers")
+    if config.router.warm_start.steps and len(encoders) == len(config.experts):
+        raise ConfigError(
+            f"router.warm_start learns from the experts' answers, and {', '.join(encoders)} cannot answer (encoders): "
+            "set router.warm_start.steps to 0, or add an expert that can"
+        )
 
 
 def check_start(config: RunConfig) -> None:

@@ -22,9 +22,9 @@ from cluster.config import ConfigError, RunConfig, changed, load
 from cluster.keys import flat
 from cluster.run import checkpoint, groups
 from cluster.run.folder import RunFolder
+from cluster.run.models import ensure_models
 from cluster.run.preflight import check_prompts
 from cluster.watch import logs
-from cluster.zoo import paths
 from learner.algorithms import build_algorithm
 from rewards.attack import shown
 from rewards.config import DataConfig
@@ -216,8 +216,7 @@ def _stream(config: RunConfig) -> tuple[PromptStream, dict[str, Task]]:
     """The prompts of a run in its order, and its tasks."""
     tasks = build_tasks(config.data)
     if config.data.max_prompt_tokens is not None:  # the policy's tokenizer says which prompts are left out
-        for world in sorted(paths.worlds_named_by(config.models().values())):
-            paths.ensure(world)
+        ensure_models(config)
         tasks = check_prompts(config, tasks, lambda note: None)
     return PromptStream(tasks, config.data), tasks
 

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.run.asked import answer_tokens
 from cluster.run.fleet import Fleet, Handle, Inline
-from cluster.run.preflight import model_path
+from cluster.run.models import model_path
 from cluster.run.recipe import Recipe
 from cluster.run.recovery import unstarted
 from cluster.run.replicas import Replicas
@@ -39,6 +39,9 @@ class Started:
     experts: list[dict[str, Any]]
     policy: dict[str, Any]
     frozen: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        self.fleet.encoders = frozenset(place for place, info in enumerate(self.experts) if not info["answers"])
 
 
 def share_of_cores(config: RunConfig, workers: int, wanted: int) -> int:

@@ -9,7 +9,7 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.run.asked import answer_tokens
 from cluster.run.fleet import Reference
-from cluster.run.preflight import model_path
+from cluster.run.models import model_path
 from cluster.run.start import Started
 from cluster.run.trained import router_folder, saved_experts
 from experts.chat import Chat

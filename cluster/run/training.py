@@ -11,9 +11,9 @@ from rich.console import Console
 from cluster.config import ConfigError, RunConfig
 from cluster.run import checkpoint
 from cluster.run.folder import RunFolder
+from cluster.run.models import ensure_models
 from cluster.run.preflight import check_jail, check_models, check_names, check_prompts, check_start
 from cluster.run.session import Session
-from cluster.zoo import paths
 from rewards.sources import build_tasks
 from rewards.stream import PromptStream
 
@@ -23,7 +23,7 @@ def started_before(config: RunConfig) -> bool:
     return RunFolder.of(config).started()
 
 
-def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) -> int:
+def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, accept_licence: bool = False) -> int:
     """Runs a training job; returns the exit status (130 when it was stopped with a checkpoint).
 
     Raises:
@@ -44,8 +44,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console) ->
         with console.status("making the tasks' prompts"):
             tasks = build_tasks(config.data)
         check_jail(config, tasks, note)
-        for world in sorted(paths.worlds_named_by(config.models().values())):
-            paths.ensure(world)
+        ensure_models(config, note, accept_licence)
         check_models(config)
         if not resume:
             check_start(config)

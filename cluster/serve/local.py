@@ -145,7 +145,10 @@ class Musketeers:
         return [self._answer(group, tuple(hidden)) for group in made.groups]
 
     def compare(self, prompts: Asked | Sequence[Asked], *, max_new_tokens: int | None = None) -> list[Compared]:
-        """Greedy answers, beside those of the policy without prefix (and without adapter) and of each expert alone."""
+        """Greedy answers, beside those of the policy without prefix (and without adapter) and of each expert alone.
+
+        Encoders, which cannot answer, are left out.
+        """
         asked = self._prompts(prompts)
         limit = max_new_tokens or self.opened.config.sampling.max_new_tokens
         answers = self.generate([prompt.messages for prompt in asked], max_new_tokens=limit)
@@ -153,7 +156,8 @@ class Musketeers:
         sampling = Sampling(temperature=0.0, max_new_tokens=limit, samples=1, stop=stop)
         alone = self.policy.generate(asked, sampling, self.opened.trained.snapshot, training=False, alone=True).groups
         messages = [prompt.messages for prompt in asked]
-        said = {expert.config.name: expert.answer(messages, limit, stop) for expert in self.experts}
+        able = [expert for expert in self.experts if not expert.frozen.is_encoder]
+        said = {expert.config.name: expert.answer(messages, limit, stop) for expert in able}
         return [
             Compared(answer, group.completions[0].text, {name: mine[row] for name, mine in said.items()})
             for row, (answer, group) in enumerate(zip(answers, alone, strict=True))

@@ -9,9 +9,9 @@ from typing import Any
 
 from cluster.config import ConfigError, RunConfig, changed
 from cluster.keys import flat, matches
+from cluster.run.models import ensure_models
 from cluster.run.preflight import check_models
 from cluster.run.trained import Trained, open_trained
-from cluster.zoo import paths
 from experts.state import RouterError, RouterShape
 from rewards.prompts import prompt_of
 from rollout.types import Message
@@ -67,8 +67,7 @@ def ready(place: str | Path, step: int | None = None, overrides: Sequence[str] =
                 f"{fixed[0]} cannot be changed any more: {trained.place} was trained with it "
                 f"(what can be: {', '.join(CHANGEABLE)})"
             )
-    for world in sorted(paths.worlds_named_by(config.models().values())):
-        paths.ensure(world)
+    ensure_models(config)
     check_models(config)
     check_settings(trained)
     return Ready(trained, config, _shape(trained.meta, config))

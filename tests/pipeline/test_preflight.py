@@ -17,6 +17,7 @@ from experts.chat import Chat
 from experts.loading import ModelError, load_frozen, load_tokenizer
 from rewards.sources import build_tasks
 from tests import architectures
+from tests.experts.test_bidirectional import make_bert
 from tests.models import make
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -29,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make(folder / "good", "qwen2")
     make(folder / "endless", "qwen2", end=False)
+    make_bert(folder / "bert")
     shutil.copytree(folder / "good", folder / "unreadable")
     (folder / "unreadable" / "tokenizer.json").write_text('{"version": "1.0"}')
     for method in ("awq", "compressed-tensors"):
@@ -105,6 +107,32 @@ def test_a_model_that_cannot_do_what_is_asked_is_refused(
 )
 def test_a_model_that_just_can_is_not(models: Path, expert: dict[str, Any]) -> None:
     preflight.check_models(config(models, expert, {}))
+
+
+BERT = {"model": "bert", "max_tokens": 64}
+
+
+@pytest.mark.parametrize(
+    ("expert", "policy", "router", "message"),
+    [
+        ({}, {"model": "bert"}, {}, "policy.model: .* cannot be the policy: it is an encoder"),
+        (BERT | {"max_tokens": 65}, {}, {}, "experts.0.max_tokens 65 is more than the positions of .*bert, 64"),
+        (BERT, {}, {"kind": "text"}, r"experts.0: .*bert is an encoder \(BertForMaskedLM\).*router.kind: text asks"),
+        (BERT, {}, {"text": {"template": "{e} {prompt}"}}, r"experts.0: .* take \{e\} out of router.text.template"),
+        (BERT | VLLM, {}, {}, "experts.0.engine: .*bert is an encoder: take engine: transformers"),
+        (BERT, {}, {"warm_start": {"steps": 5}}, "router.warm_start learns from the experts' answers, and e cannot"),
+    ],
+)
+def test_an_encoder_is_refused_where_answers_are_asked_for(
+    models: Path, expert: dict[str, Any], policy: dict[str, Any], router: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_models(config(models, expert, policy, router=router))
+
+
+@pytest.mark.parametrize("pool", ["first", "mean", "last_k"])
+def test_an_encoder_is_an_expert_like_others(models: Path, pool: str) -> None:
+    preflight.check_models(config(models, BERT | {"pool": pool, "layer": -2}, {}))
 
 
 @pytest.mark.parametrize(
