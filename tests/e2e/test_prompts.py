@@ -90,7 +90,7 @@ def test_prompts_print_the_run_s_date_and_cut_ones_are_counted(runs: Runs, tmp_p
         assert asked.prompt_tokens.tolist() == tokenizer("03 February 2001 3\nAnswer:?")["input_ids"]
         assert opened.experts[0].read(asked.prompt.messages).tokens == tokenizer("3")["input_ids"]
     replayed = runs.start([sys.executable, "-m", "cluster.cli", "replay", str(folder.path), "--step", "1"])
-    assert replayed.wait(timeout=120) == 0, replayed.stdout
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
 
 
 @pytest.mark.slow
