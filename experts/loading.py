@@ -318,7 +318,9 @@ def load_frozen(
         if untrained:
             model = _untrained(path, getattr(torch, dtype))
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), attn_implementation=_attention(path)
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     return _frozen(path, name, model.to(device), tokenizer, getattr(model, "generation_config", None), lora, seed)
@@ -330,7 +332,16 @@ def _untrained(path: str, dtype: torch.dtype) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(dtype)
+        config = AutoConfig.from_pretrained(path)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=_attention(path)).to(dtype)
+
+
+def _attention(path: str) -> str | None:
+    """Which implementation; None takes transformers' choice, which leaves out the cap on Gemma 2's attention scores."""
+    from transformers import AutoConfig
+
+    capped = getattr(AutoConfig.from_pretrained(path).get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else None
 
 
 def load_embeddings(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from experts.config import EngineConfig
+from experts.kv_cache import is_recurrent
 from experts.loading import ModelError
 from experts.relay import relayed
 from experts.vllm_install import ENVIRONMENT, check_installed
@@ -122,11 +123,12 @@ class VllmEngine:
                 "max_num_batched_tokens": max(8192, longest),
                 "max_num_seqs": 1024,
             }
+            if _is_recurrent(self.path):  # their states are found again only where prompts come in pieces
+                arguments["enable_prefix_caching"] = False
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, RuntimeError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-            raise ModelError(f"model {self.path!r}: vLLM cannot start it: {reason}") from error
+            raise ModelError(f"model {self.path!r}: vLLM cannot start it: {_reason(error)}") from error
 
     def generate(
         self,
@@ -356,6 +358,18 @@ def _pooler(pooling: str) -> dict[str, Any]:
         return {"pooler_config": PoolerConfig(tok_pooling_type="ALL", use_activation=False), "convert": "embed"}
     kinds: dict[str, Any] = {"last": "LAST", "first": "CLS", "mean": "MEAN"}
     return {"pooler_config": PoolerConfig(seq_pooling_type=kinds[pooling], use_activation=False), "convert": "embed"}
+
+
+def _is_recurrent(path: str) -> bool:
+    from transformers import AutoConfig, DynamicCache
+
+    return any(map(is_recurrent, DynamicCache(config=AutoConfig.from_pretrained(path)).layers))
+
+
+def _reason(error: Exception) -> str:
+    """The last line that says something: pydantic's refer to its documentation."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
+    return lines[-1].partition(" [type=")[0] if lines else type(error).__name__
 
 
 def _sample(made: Any) -> Sample:

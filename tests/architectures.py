@@ -171,11 +171,35 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str, folder: Path) -> str:
+# Heads of 32, the smallest that vLLM's attention on CPUs takes.
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 256,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "lru_width": 128,
+    "attention_hidden_size": 128,
+}
+OF_VLLM: dict[str, dict[str, Any]] = {
+    "opt": {"word_embed_proj_dim": 128},
+    "opt, narrow embeddings": {"word_embed_proj_dim": 64},
+}
+
+
+def make(name: str, folder: Path, engine: str = "transformers") -> str:
     """Saves the architecture's model and a tokenizer; returns the path."""
     kind, own = ARCHITECTURES[name]
     torch.manual_seed(0)
     settings = {key: value for key, value in (SHARED | own).items() if value is not None}
+    if engine == "vllm":
+        settings |= {key: value for key, value in WIDE.items() if key in settings} | OF_VLLM.get(name, {})
     config = AutoConfig.for_model(kind, **settings)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
@@ -197,6 +221,7 @@ def policy_verdict(path: str, position: PrefixPosition, prompts: Prompts = PROMP
     except ModelError as error:
         return f"refused: {str(error).split('policy: ')[1].split(';')[0]}"
     policy = replace(load_frozen(path), end_tokens=tuple(range(0, SHARED["vocab_size"], 6)))
+    plain = load_reference(path)
     prefix = 0.5 * torch.randn(len(prompts), SLOTS, policy.width, generator=torch.Generator().manual_seed(2))
     requests = [
         Request(tokens, token_uniforms(3, ordinal, 0, SAMPLES, LIMIT), open=shown)
@@ -213,12 +238,12 @@ def policy_verdict(path: str, position: PrefixPosition, prompts: Prompts = PROMP
         for temperature, groups in said.items():
             answers = groups[row] + (groups[len(prompts) + row] if temperature == 0 else [])
             for tokens, found in answers:
-                wanted = naive(policy, position, prompt, own, tokens, temperature)
+                wanted = naive(plain, position, prompt, own, tokens, temperature)
                 close(torch.as_tensor(np.array(found)), wanted.gather(1, torch.tensor(tokens)[:, None])[:, 0])
                 if temperature == 0:
                     assert tokens == wanted.argmax(dim=1).tolist()
     for longest in (LIMIT, 2):  # with 2, a single token is read behind the prompt
-        learned(policy, position, prefix, prompts, [[tokens[:longest] for tokens, _ in group] for group in said[0.7]])
+        learned(policy, plain, position, prefix, prompts, [[tokens[:longest] for tokens, _ in group] for group in said[0.7]])
     return "exact"
 
 
@@ -241,6 +266,7 @@ def served(
 
 def learned(
     policy: FrozenModel,
+    plain: FrozenModel,
     position: PrefixPosition,
     prefix: Tensor,
     prompts: Prompts,
@@ -258,7 +284,8 @@ def learned(
     for row, tokens in enumerate(tokens for group in completions for tokens in group):
         of = row // SAMPLES
         own = prefix[of] if OPEN[of] else prefix[of, :0]
-        alone = naive(policy, position, prompts[of], own, tokens, 0.7).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        alone = naive(plain, position, prompts[of], own, tokens, 0.7)
+        alone = alone.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         close(found[row, : len(tokens)], alone)
         total = total + (alone * weights[row, : len(tokens)]).sum()
     (wanted,) = torch.autograd.grad(total, prefix)
@@ -268,6 +295,13 @@ def learned(
         # Behind a long prompt a window or a decaying state leaves next to nothing of a row's own.
         error = (gradient[row] - wanted[row]).norm() / wanted[row].norm().clamp_min(1e-3 * wanted.norm())
         assert error < GRADIENTS, f"d loss / d prefix is off by {error:.1e} of its size"
+
+
+def load_reference(path: str) -> FrozenModel:
+    """With the attention that the architecture's own module writes out: others leave parts of it out."""
+    loaded = load_frozen(path)
+    loaded.model.set_attn_implementation("eager")
+    return loaded
 
 
 def naive(
@@ -298,10 +332,11 @@ def expert_verdict(path: str) -> str:
         AssertionError: when they do.
     """
     encoder = TransformersEncoder(ExpertConfig(name="one", model=path, pool="last_k", last_k=3), path)
+    plain = load_reference(path)
     together = encoder.states(PROMPTS)
     for prompt, found in zip(PROMPTS, together, strict=True):
         (alone,) = encoder.states([prompt])
-        states = encoder.frozen.body(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state
+        states = plain.body(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state
         close(torch.from_numpy(found), torch.from_numpy(alone))
         close(torch.from_numpy(found), states[0, -3:].detach())
     for together, prompt in zip(encoder.answer(PROMPTS, LIMIT), PROMPTS, strict=True):
