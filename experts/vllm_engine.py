@@ -363,7 +363,10 @@ def _pooler(pooling: str) -> dict[str, Any]:
 def _is_recurrent(path: str) -> bool:
     from transformers import AutoConfig, DynamicCache
 
-    return any(map(is_recurrent, DynamicCache(config=AutoConfig.from_pretrained(path)).layers))
+    try:
+        return any(map(is_recurrent, DynamicCache(config=AutoConfig.from_pretrained(path)).layers))
+    except KeyError:  # a kind of layer that transformers has no cache for
+        return True
 
 
 def _reason(error: Exception) -> str:

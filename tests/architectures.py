@@ -1,11 +1,15 @@
 """Tiny random models of many architectures, and whether each works exactly as a policy and as an expert.
 
-`python -m tests.architectures` writes what it finds into docs/engines.md; a test keeps the two equal.
+`python -m tests.architectures` writes what it finds on transformers into docs/engines.md, with `--vllm` what it finds
+on vLLM's build for CPUs; tests keep page and measurement equal.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from experts.architectures import check_policy
 from experts.config import ExpertConfig
@@ -42,6 +46,7 @@ PROMPTS = (
     [6, 50, 51, 9, 8, 7, 60],
 )
 OPEN = (True, True, False, True)
+HEAD = "| architecture | policy, transformers | expert, transformers | policy, vLLM | expert, vLLM |"
 Prompts = Sequence[Sequence[int]]
 
 SHARED = {
@@ -193,15 +198,21 @@ OF_VLLM: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, folder: Path, engine: str = "transformers") -> str:
-    """Saves the architecture's model and a tokenizer; returns the path."""
+def configuration(name: str, engine: str = "transformers") -> Any:
+    """The architecture's, tiny, as a saved model has it."""
     kind, own = ARCHITECTURES[name]
-    torch.manual_seed(0)
     settings = {key: value for key, value in (SHARED | own).items() if value is not None}
     if engine == "vllm":
         settings |= {key: value for key, value in WIDE.items() if key in settings} | OF_VLLM.get(name, {})
     config = AutoConfig.for_model(kind, **settings)
-    model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return config
+
+
+def make(name: str, folder: Path, engine: str = "transformers") -> str:
+    """Saves the architecture's model and a tokenizer; returns the path."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration(name, engine))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # large enough that everything matters, biases and gains too
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -243,7 +254,9 @@ def policy_verdict(path: str, position: PrefixPosition, prompts: Prompts = PROMP
                 if temperature == 0:
                     assert tokens == wanted.argmax(dim=1).tolist()
     for longest in (LIMIT, 2):  # with 2, a single token is read behind the prompt
-        learned(policy, plain, position, prefix, prompts, [[tokens[:longest] for tokens, _ in group] for group in said[0.7]])
+        learned(
+            policy, plain, position, prefix, prompts, [[tokens[:longest] for tokens, _ in group] for group in said[0.7]]
+        )
     return "exact"
 
 
@@ -353,21 +366,39 @@ def verdicts(name: str, folder: Path) -> list[str]:
 
 
 def documented() -> dict[str, list[str]]:
-    """The page's rows."""
+    """The page's rows: on transformers as the policy and as an expert, and the same on vLLM."""
     section = PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     return {name.strip("`"): verdict for name, *verdict in rows[2:]}
 
 
-def write() -> None:
-    """Puts the table into the page."""
-    lines = ["", "| architecture | as the policy | as an expert |", "|---|---|---|"]
+def on_transformers() -> dict[str, list[str]]:
+    """Every architecture's verdicts."""
+    found = {}
     for name in ARCHITECTURES:
         with tempfile.TemporaryDirectory() as folder:
-            lines.append(f"| `{name}` | " + " | ".join(verdicts(name, Path(folder))) + " |")
+            found[name] = verdicts(name, Path(folder))
+    return found
+
+
+def on_vllm(names: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Verdicts of these, or of all; measured in another process, whose engines start in seconds."""
+    command = [sys.executable, "-m", "tests.vllm.architectures", *names]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=7200).stdout
+    return dict(json.loads(line) for line in printed.splitlines() if line.startswith('["'))
+
+
+def write(vllm: bool) -> None:
+    """Puts the columns of one engine into the page's table."""
+    found, known = on_vllm() if vllm else on_transformers(), documented()
+    lines = ["", HEAD, "|---" * HEAD.count(" | ") + "|---|"]
+    for name in ARCHITECTURES:
+        row = known.get(name, ["not measured"] * 4)
+        row[slice(2, 4) if vllm else slice(0, 2)] = found[name]
+        lines.append(f"| `{name}` | " + " | ".join(row) + " |")
     before, behind = PAGE.read_text(encoding="utf-8").split(START)
     PAGE.write_text(before + START + "\n".join(lines) + "\n" + END + behind.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write()
+    write("--vllm" in sys.argv)

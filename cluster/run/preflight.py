@@ -18,7 +18,7 @@ from cluster.run.asked import answer_tokens
 from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
 from cluster.zoo import paths as zoo
-from experts.architectures import check_policy
+from experts.architectures import check_expert, check_policy
 from experts.config import EngineConfig, ExpertConfig
 from experts.loading import ModelError, check_end_token, describe, load_tokenizer, tokenize
 from experts.plugins import load_plugin
@@ -74,8 +74,9 @@ def check_models(config: RunConfig) -> None:
         try:
             described[key] = describe(model_path(reference))
             check_end_token(model_path(reference))
-            if key == "policy.model":
-                check_policy(model_path(reference), config.policy.engine)
+            engine = config.engines()[key.removesuffix(".model")]
+            check = check_policy if key == "policy.model" else check_expert
+            check(model_path(reference), engine.engine, bool(engine.gpus))
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
     for key, engine in config.engines().items():
