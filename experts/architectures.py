@@ -31,12 +31,20 @@ EXACT_HYBRIDS = (
 
 # What was seen of vLLM 0.32, by model type (`python -m tests.architectures --vllm`); see docs/engines.md.
 WRONG_ON_VLLM = {
+    "bloom": "vLLM computes its GELU exactly, transformers by its tanh approximation",
+    "cohere2": "vLLM's windows are a token longer than those of transformers",
+    "nemotron_h": "vLLM has no lower limit (time_step_min) for its time steps, transformers has",
     "gemma3n_text": "vLLM's states and answers are not those of transformers",
 }
-NOT_ON_CPUS = dict.fromkeys(
-    ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-    "vLLM's build for CPUs computes its linear attention in bfloat16 only",
-)
+NOT_ON_CPUS = {
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        "vLLM's build for CPUs computes its linear attention in bfloat16 only",
+    ),
+    **dict.fromkeys(("falcon_mamba", "jamba", "mamba"), "vLLM's build for CPUs has no kernel for its selective scan"),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "vLLM's build for CPUs rotates its queries and keys wrongly"),
+    "olmo_hybrid": "its linear attention needs Triton, which vLLM's build for CPUs comes without",
+}
 
 
 def check_policy(path: str, engine: str = "transformers", on_gpus: bool = False) -> None:
@@ -85,6 +93,8 @@ def policy_refusal(config: Any, engine: str = "transformers", on_gpus: bool = Fa
         return None
     if reads_ids(config):
         return "its layers read embeddings of token ids, which vLLM does not take beside a prefix"
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        return "its embeddings are narrower than its states, and vLLM takes prompts as wide as these"
     return expert_refusal(config, engine, on_gpus)
 
 
@@ -92,7 +102,10 @@ def expert_refusal(config: Any, engine: str = "transformers", on_gpus: bool = Fa
     """Why models of this configuration give other states or answers on this engine; None where none is known."""
     if engine == "transformers":
         return None
-    kind = config.get_text_config().model_type
+    text = config.get_text_config()
+    kind = text.model_type
+    if kind in ("qwen2", "qwen3") and len(set(text.layer_types)) > 1:
+        return "vLLM has no windows in some of its layers only"
     if kind in WRONG_ON_VLLM:
         return WRONG_ON_VLLM[kind]
     if kind in NOT_ON_CPUS and not on_gpus:

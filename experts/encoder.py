@@ -157,7 +157,9 @@ class VllmEncoder:
         return VllmEngine(self.path, self.config, "pooling", how, self.threads, self.on_death)
 
     def _generating(self) -> VllmEngine:
-        return VllmEngine(self.path, self.config, "generate", threads=self.threads, on_death=self.on_death)
+        return VllmEngine(
+            self.path, self.config, "generate", threads=self.threads, on_death=self.on_death, embeds=False
+        )
 
 
 def pool(

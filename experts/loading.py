@@ -378,9 +378,10 @@ def load_embeddings(
 
 
 def _stored(path: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of the weight files, by its name or by the end of it: files may lack the outermost module."""
+    """A tensor of the weight files, by its name or by the end of it: files may lack or rename the outermost module."""
+    inner = name.partition(".")[2]
     for stored, tensor in stored_tensors(path):
-        if (name.endswith(stored) or stored.endswith(name)) and tuple(tensor.shape) == shape:
+        if (name.endswith(stored) or stored.endswith((name, f".{inner}"))) and tuple(tensor.shape) == shape:
             return tensor
     raise ModelError(f"its files hold no {name} of shape {shape}: take engine: transformers for it")
 

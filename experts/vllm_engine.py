@@ -56,6 +56,7 @@ class VllmEngine:
         pooling: which states: the last or the first token's, their mean, or all of them.
         on_death: called once, from another thread, when the engine's process is gone.
         adapter_rank: of the LoRA adapters that requests may bring; None takes none.
+        embeds: whether prompts may be embeddings; where they may, models whose layers look ids up get none from vLLM.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class VllmEngine:
         on_death: Callable[[], None] | None = None,
         seed: int = 0,
         adapter_rank: int | None = None,
+        embeds: bool = True,
     ) -> None:
         check_installed()
         os.environ.update(ENVIRONMENT)
@@ -75,7 +77,7 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(threads)
         self.path, self.pooling, self.dead = path, pooling, False
         self._on_death, self._numbers, self._closing = on_death, itertools.count(), False
-        self._adapter_rank, self._adapter_ids = adapter_rank, dict[Path, int]()
+        self._adapter_rank, self._adapter_ids, self._embeds = adapter_rank, dict[Path, int](), embeds
         self.under_way, self.streamed = 0, 0  # streams, and tokens sampled for them so far
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
@@ -106,7 +108,7 @@ class VllmEngine:
         }
         if runner == "generate":
             # Log-probabilities as they were sampled from, temperature included.
-            arguments |= {"enable_prompt_embeds": True, "logprobs_mode": "processed_logprobs"}
+            arguments |= {"enable_prompt_embeds": self._embeds, "logprobs_mode": "processed_logprobs"}
         else:
             arguments |= _pooler(self.pooling)
         if self._adapter_rank is not None:

@@ -105,7 +105,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", DELTA),
     "qwen3_5_moe": ("qwen3_5_moe_text", DELTA | MOE | {"shared_expert_intermediate_size": 16}),
     "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", HALF),
+    "gemma2": ("gemma2", HALF | {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", HALF),
     "gemma3n": ("gemma3n_text", HALF | PER_LAYER | {"laurel_rank": 4}),
     "gemma4": ("gemma4_text", HALF | GLOBAL | {"hidden_size_per_layer_input": 0}),
@@ -193,6 +193,9 @@ WIDE = {
     "attention_hidden_size": 128,
 }
 OF_VLLM: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"num_key_value_heads": None},  # transformers has no use for them, vLLM would believe them
+    "lfm2": {"conv_dim": 128, "block_dim": 128},  # which published models say, and transformers does not
+    "llama4": {"attention_chunk_size": 128, "num_experts_per_tok": 1},  # whole blocks of its cache, as published ones
     "opt": {"word_embed_proj_dim": 128},
     "opt, narrow embeddings": {"word_embed_proj_dim": 64},
 }
@@ -201,9 +204,10 @@ OF_VLLM: dict[str, dict[str, Any]] = {
 def configuration(name: str, engine: str = "transformers") -> Any:
     """The architecture's, tiny, as a saved model has it."""
     kind, own = ARCHITECTURES[name]
-    settings = {key: value for key, value in (SHARED | own).items() if value is not None}
+    settings = SHARED | own
     if engine == "vllm":
-        settings |= {key: value for key, value in WIDE.items() if key in settings} | OF_VLLM.get(name, {})
+        settings |= {key: value for key, value in WIDE.items() if settings.get(key)} | OF_VLLM.get(name, {})
+    settings = {key: value for key, value in settings.items() if value is not None}
     config = AutoConfig.for_model(kind, **settings)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     return config

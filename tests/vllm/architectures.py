@@ -60,7 +60,7 @@ def refused(role: Callable[..., str | None], config: Any) -> str | None:
     if reason := role(config, "vllm", on_gpus=True):
         return f"refused: {reason}"
     if reason := role(config, "vllm"):
-        return f"refused on CPUs: {reason}"
+        return f"refused on CPUs: {reason.partition(';')[0]}"
     (architecture,) = config.architectures
     return None if supports(architecture) else f"refused: vLLM has no {architecture}"
 

@@ -13,7 +13,7 @@ from tests.vllm.architectures import refused
 REPRESENTATIVE = (
     "llama",
     "mistral, window",
-    "qwen2, window",
+    "qwen2",
     "qwen3",
     "gemma2",
     "gemma3",
@@ -22,7 +22,7 @@ REPRESENTATIVE = (
     "granite",
     "olmo2",
     "granitemoehybrid",
-    "lfm2",
+    "falcon_h1",
 )
 
 
