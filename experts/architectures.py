@@ -34,7 +34,7 @@ WRONG_ON_VLLM = {
     "bloom": "vLLM computes its GELU exactly, transformers by its tanh approximation",
     "cohere2": "vLLM's windows are a token longer than those of transformers",
     "nemotron_h": "vLLM has no lower limit (time_step_min) for its time steps, transformers has",
-    "gemma3n_text": "vLLM's states and answers are not those of transformers",
+    "gemma3n_text": "vLLM leaves out what its layers read of token ids",
 }
 NOT_ON_CPUS = {
     **dict.fromkeys(

@@ -164,6 +164,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_chunk_size": WINDOW,
             "intermediate_size_mlp": 64,
             "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
         },
     ),
     "mamba": ("mamba", RECURRENT | {"state_size": 8}),
