@@ -13,10 +13,10 @@ from tests.vllm.architectures import refused
 REPRESENTATIVE = (
     "llama",
     "mistral, window",
-    "qwen2",
     "qwen3",
     "gemma2",
     "gemma3",
+    "gemma4, per-layer embeddings",
     "phi3",
     "gpt_oss",
     "granite",
@@ -34,6 +34,7 @@ def test_what_the_page_calls_refused_is_refused_and_nothing_else(name: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_numbers_of_representative_architectures_are_exact() -> None:
     """Each with an engine for the policy and two for the expert, one after the other."""
     rows = documented()
