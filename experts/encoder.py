@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from experts.architectures import check_expert
 from experts.config import ExpertConfig
 from experts.loading import FrozenModel, ModelError, load_embeddings, load_frozen, weights_sha256
 from experts.vllm_engine import VllmEngine
@@ -113,9 +114,13 @@ class VllmEncoder:
 
     An engine either gives states or answers: for the baselines, which ask for answers, the one makes room for the
     other and comes back with the next prompts.
+
+    Raises:
+        ModelError: when the expert is of an architecture that vLLM would run wrongly.
     """
 
     def __init__(self, config: ExpertConfig, path: str, threads: int, on_death: Callable[[], None]) -> None:
+        check_expert(path, "vllm", bool(config.gpus))
         self.config, self.path, self.threads, self.on_death = config, path, threads, on_death
         self.frozen = load_embeddings(path, config.dtype, config.name)
         self._engine = self._pooling()
@@ -153,7 +158,9 @@ class VllmEncoder:
         return VllmEngine(self.path, self.config, "pooling", how, self.threads, self.on_death)
 
     def _generating(self) -> VllmEngine:
-        return VllmEngine(self.path, self.config, "generate", threads=self.threads, on_death=self.on_death)
+        return VllmEngine(
+            self.path, self.config, "generate", threads=self.threads, on_death=self.on_death, embeds=False
+        )
 
 
 def pool(

@@ -326,14 +326,14 @@ def load_frozen(
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         kind = transformers.AutoModel if is_encoder(config) else transformers.AutoModelForCausalLM
-        arguments = encoder_arguments(config)
+        arguments = _arguments(config)
         if untrained:
             model = _untrained(kind, config, arguments, getattr(torch, dtype))
         else:
             model, found = kind.from_pretrained(
                 path, dtype=getattr(torch, dtype), output_loading_info=True, **arguments
             )
-            if is_encoder(config) and found["missing_keys"]:  # transformers draws them at random
+            if found["missing_keys"]:  # transformers would draw them at random
                 raise ValueError(f"its files hold no {min(found['missing_keys'])}")
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
@@ -345,6 +345,15 @@ def _untrained(kind: Any, config: Any, arguments: Mapping[str, Any], dtype: torc
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)
         return kind.from_config(config, **arguments).to(dtype)
+
+
+def _arguments(config: Any) -> dict[str, Any]:
+    """What a model of this configuration is made with beside its weights.
+
+    transformers' own choice of attention leaves out the cap on Gemma 2's scores.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return encoder_arguments(config) | ({"attn_implementation": "eager"} if capped else {})
 
 
 def load_embeddings(
@@ -381,9 +390,10 @@ def load_embeddings(
 
 
 def _stored(path: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of the weight files, by its name or by the end of it: files may lack the outermost module."""
+    """A tensor of the weight files, by its name or by the end of it: files may lack or rename the outermost module."""
+    inner = name.partition(".")[2]
     for stored, tensor in stored_tensors(path):
-        if (name.endswith(stored) or stored.endswith(name)) and tuple(tensor.shape) == shape:
+        if (name.endswith(stored) or stored.endswith((name, f".{inner}"))) and tuple(tensor.shape) == shape:
             return tensor
     raise ModelError(f"its files hold no {name} of shape {shape}: take engine: transformers for it")
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from experts.config import EngineConfig
+from experts.kv_cache import is_recurrent
 from experts.loading import ModelError
 from experts.relay import relayed
 from experts.vllm_install import ENVIRONMENT, check_installed
@@ -55,6 +56,7 @@ class VllmEngine:
         pooling: which states: the last or the first token's, their mean, or all of them.
         on_death: called once, from another thread, when the engine's process is gone.
         adapter_rank: of the LoRA adapters that requests may bring; None takes none.
+        embeds: whether prompts may be embeddings; where they may, models whose layers look ids up get none from vLLM.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class VllmEngine:
         on_death: Callable[[], None] | None = None,
         seed: int = 0,
         adapter_rank: int | None = None,
+        embeds: bool = True,
     ) -> None:
         check_installed()
         os.environ.update(ENVIRONMENT)
@@ -74,7 +77,7 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(threads)
         self.path, self.pooling, self.dead = path, pooling, False
         self._on_death, self._numbers, self._closing = on_death, itertools.count(), False
-        self._adapter_rank, self._adapter_ids = adapter_rank, dict[Path, int]()
+        self._adapter_rank, self._adapter_ids, self._embeds = adapter_rank, dict[Path, int](), embeds
         self.under_way, self.streamed = 0, 0  # streams, and tokens sampled for them so far
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
@@ -105,7 +108,7 @@ class VllmEngine:
         }
         if runner == "generate":
             # Log-probabilities as they were sampled from, temperature included.
-            arguments |= {"enable_prompt_embeds": True, "logprobs_mode": "processed_logprobs"}
+            arguments |= {"enable_prompt_embeds": self._embeds, "logprobs_mode": "processed_logprobs"}
         else:
             arguments |= _pooler(self.pooling)
         if self._adapter_rank is not None:
@@ -122,11 +125,12 @@ class VllmEngine:
                 "max_num_batched_tokens": max(8192, longest),
                 "max_num_seqs": 1024,
             }
+            if _is_recurrent(self.path):  # their states are found again only where prompts come in pieces
+                arguments["enable_prefix_caching"] = False
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, RuntimeError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-            raise ModelError(f"model {self.path!r}: vLLM cannot start it: {reason}") from error
+            raise ModelError(f"model {self.path!r}: vLLM cannot start it: {_reason(error)}") from error
 
     def generate(
         self,
@@ -364,6 +368,21 @@ def _pooler(pooling: str) -> dict[str, Any]:
 def _stopping(stop: Sequence[str]) -> dict[str, Any]:
     """What makes vLLM look for stop strings, in the same text as `StopStrings`."""
     return {"detokenize": bool(stop), "stop": list(stop), "skip_special_tokens": False}
+
+
+def _is_recurrent(path: str) -> bool:
+    from transformers import AutoConfig, DynamicCache
+
+    try:
+        return any(map(is_recurrent, DynamicCache(config=AutoConfig.from_pretrained(path)).layers))
+    except KeyError:  # a kind of layer that transformers has no cache for
+        return True
+
+
+def _reason(error: Exception) -> str:
+    """The last line that says something: pydantic's refer to its documentation."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
+    return lines[-1].partition(" [type=")[0] if lines else type(error).__name__
 
 
 def _sample(made: Any) -> Sample:

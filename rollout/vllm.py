@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experts.adapter import adapter_arrays, write_adapter
+from experts.architectures import check_policy
 from experts.loading import FrozenModel
 from experts.state import RouterSnapshot
 from experts.stops import StopStrings, cut_at_stop
@@ -32,6 +33,9 @@ class VllmPolicyEngine:
     """Continuous batching over all requests in flight; any number of threads may call.
 
     The policy's weights never change, so vLLM runs unmodified and nothing is ever reloaded.
+
+    Raises:
+        ModelError: when the policy is of an architecture that vLLM would run wrongly.
     """
 
     needs_uniforms = False
@@ -45,6 +49,7 @@ class VllmPolicyEngine:
         on_death: Callable[[], None] | None = None,
         seed: int = 0,
     ) -> None:
+        check_policy(policy.path, "vllm", bool(config.gpus))
         self.policy, self.position, self.lora = policy, position, config.lora
         self._adapters = Path(tempfile.mkdtemp(prefix="musketeers-adapters-")) if config.lora else Path()
         self._written: list[Path] = []

@@ -1,11 +1,15 @@
 """Tiny random models of many architectures, and whether each works exactly as a policy and as an expert.
 
-`python -m tests.architectures` writes what it finds into docs/engines.md; a test keeps the two equal.
+`python -m tests.architectures` writes what it finds on transformers into docs/engines.md, with `--vllm` what it finds
+on vLLM's build for CPUs; tests keep page and measurement equal.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from experts.architectures import check_policy
 from experts.config import ExpertConfig
@@ -42,6 +46,7 @@ PROMPTS = (
     [6, 50, 51, 9, 8, 7, 60],
 )
 OPEN = (True, True, False, True)
+HEAD = "| architecture | policy, transformers | expert, transformers | policy, vLLM | expert, vLLM |"
 Prompts = Sequence[Sequence[int]]
 
 SHARED = {
@@ -100,7 +105,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", DELTA),
     "qwen3_5_moe": ("qwen3_5_moe_text", DELTA | MOE | {"shared_expert_intermediate_size": 16}),
     "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", HALF),
+    "gemma2": ("gemma2", HALF | {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", HALF),
     "gemma3n": ("gemma3n_text", HALF | PER_LAYER | {"laurel_rank": 4}),
     "gemma4": ("gemma4_text", HALF | GLOBAL | {"hidden_size_per_layer_input": 0}),
@@ -159,6 +164,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_chunk_size": WINDOW,
             "intermediate_size_mlp": 64,
             "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
         },
     ),
     "mamba": ("mamba", RECURRENT | {"state_size": 8}),
@@ -171,13 +177,47 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str, folder: Path) -> str:
-    """Saves the architecture's model and a tokenizer; returns the path."""
+# Heads of 32, the smallest that vLLM's attention on CPUs takes.
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 256,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "lru_width": 128,
+    "attention_hidden_size": 128,
+}
+OF_VLLM: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"num_key_value_heads": None},  # transformers has no use for them, vLLM would believe them
+    "lfm2": {"conv_dim": 128, "block_dim": 128},  # which published models say, and transformers does not
+    "llama4": {"attention_chunk_size": 128, "num_experts_per_tok": 1},  # whole blocks of its cache, as published ones
+    "opt": {"word_embed_proj_dim": 128},
+    "opt, narrow embeddings": {"word_embed_proj_dim": 64},
+}
+
+
+def configuration(name: str, engine: str = "transformers") -> Any:
+    """The architecture's, tiny, as a saved model has it."""
     kind, own = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    settings = {key: value for key, value in (SHARED | own).items() if value is not None}
+    settings = SHARED | own
+    if engine == "vllm":
+        settings |= {key: value for key, value in WIDE.items() if settings.get(key)} | OF_VLLM.get(name, {})
+    settings = {key: value for key, value in settings.items() if value is not None}
     config = AutoConfig.for_model(kind, **settings)
-    model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return config
+
+
+def make(name: str, folder: Path, engine: str = "transformers") -> str:
+    """Saves the architecture's model and a tokenizer; returns the path."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration(name, engine))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # large enough that everything matters, biases and gains too
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -197,6 +237,7 @@ def policy_verdict(path: str, position: PrefixPosition, prompts: Prompts = PROMP
     except ModelError as error:
         return f"refused: {str(error).split('policy: ')[1].split(';')[0]}"
     policy = replace(load_frozen(path), end_tokens=tuple(range(0, SHARED["vocab_size"], 6)))
+    plain = load_reference(path)
     prefix = 0.5 * torch.randn(len(prompts), SLOTS, policy.width, generator=torch.Generator().manual_seed(2))
     requests = [
         Request(tokens, token_uniforms(3, ordinal, 0, SAMPLES, LIMIT), open=shown)
@@ -213,12 +254,14 @@ def policy_verdict(path: str, position: PrefixPosition, prompts: Prompts = PROMP
         for temperature, groups in said.items():
             answers = groups[row] + (groups[len(prompts) + row] if temperature == 0 else [])
             for tokens, found in answers:
-                wanted = naive(policy, position, prompt, own, tokens, temperature)
+                wanted = naive(plain, position, prompt, own, tokens, temperature)
                 close(torch.as_tensor(np.array(found)), wanted.gather(1, torch.tensor(tokens)[:, None])[:, 0])
                 if temperature == 0:
                     assert tokens == wanted.argmax(dim=1).tolist()
     for longest in (LIMIT, 2):  # with 2, a single token is read behind the prompt
-        learned(policy, position, prefix, prompts, [[tokens[:longest] for tokens, _ in group] for group in said[0.7]])
+        learned(
+            policy, plain, position, prefix, prompts, [[tokens[:longest] for tokens, _ in group] for group in said[0.7]]
+        )
     return "exact"
 
 
@@ -241,6 +284,7 @@ def served(
 
 def learned(
     policy: FrozenModel,
+    plain: FrozenModel,
     position: PrefixPosition,
     prefix: Tensor,
     prompts: Prompts,
@@ -258,7 +302,8 @@ def learned(
     for row, tokens in enumerate(tokens for group in completions for tokens in group):
         of = row // SAMPLES
         own = prefix[of] if OPEN[of] else prefix[of, :0]
-        alone = naive(policy, position, prompts[of], own, tokens, 0.7).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        alone = naive(plain, position, prompts[of], own, tokens, 0.7)
+        alone = alone.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         close(found[row, : len(tokens)], alone)
         total = total + (alone * weights[row, : len(tokens)]).sum()
     (wanted,) = torch.autograd.grad(total, prefix)
@@ -268,6 +313,13 @@ def learned(
         # Behind a long prompt a window or a decaying state leaves next to nothing of a row's own.
         error = (gradient[row] - wanted[row]).norm() / wanted[row].norm().clamp_min(1e-3 * wanted.norm())
         assert error < GRADIENTS, f"d loss / d prefix is off by {error:.1e} of its size"
+
+
+def load_reference(path: str) -> FrozenModel:
+    """With the attention that the architecture's own module writes out: others leave parts of it out."""
+    loaded = load_frozen(path)
+    loaded.model.set_attn_implementation("eager")
+    return loaded
 
 
 def naive(
@@ -298,10 +350,11 @@ def expert_verdict(path: str) -> str:
         AssertionError: when they do.
     """
     encoder = TransformersEncoder(ExpertConfig(name="one", model=path, pool="last_k", last_k=3), path)
+    plain = load_reference(path)
     together = encoder.states(PROMPTS)
     for prompt, found in zip(PROMPTS, together, strict=True):
         (alone,) = encoder.states([prompt])
-        states = encoder.frozen.body(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state
+        states = plain.body(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state
         close(torch.from_numpy(found), torch.from_numpy(alone))
         close(torch.from_numpy(found), states[0, -3:].detach())
     for together, prompt in zip(encoder.answer(PROMPTS, LIMIT), PROMPTS, strict=True):
@@ -318,21 +371,39 @@ def verdicts(name: str, folder: Path) -> list[str]:
 
 
 def documented() -> dict[str, list[str]]:
-    """The page's rows."""
+    """The page's rows: on transformers as the policy and as an expert, and the same on vLLM."""
     section = PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     return {name.strip("`"): verdict for name, *verdict in rows[2:]}
 
 
-def write() -> None:
-    """Puts the table into the page."""
-    lines = ["", "| architecture | as the policy | as an expert |", "|---|---|---|"]
+def on_transformers() -> dict[str, list[str]]:
+    """Every architecture's verdicts."""
+    found = {}
     for name in ARCHITECTURES:
         with tempfile.TemporaryDirectory() as folder:
-            lines.append(f"| `{name}` | " + " | ".join(verdicts(name, Path(folder))) + " |")
+            found[name] = verdicts(name, Path(folder))
+    return found
+
+
+def on_vllm(names: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Verdicts of these, or of all; measured in another process, whose engines start in seconds."""
+    command = [sys.executable, "-m", "tests.vllm.architectures", *names]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=7200).stdout
+    return dict(json.loads(line) for line in printed.splitlines() if line.startswith('["'))
+
+
+def write(vllm: bool) -> None:
+    """Puts the columns of one engine into the page's table."""
+    found, known = on_vllm() if vllm else on_transformers(), documented()
+    lines = ["", HEAD, "|---" * HEAD.count(" | ") + "|---|"]
+    for name in ARCHITECTURES:
+        row = known.get(name, ["not measured"] * 4)
+        row[slice(2, 4) if vllm else slice(0, 2)] = found[name]
+        lines.append(f"| `{name}` | " + " | ".join(row) + " |")
     before, behind = PAGE.read_text(encoding="utf-8").split(START)
     PAGE.write_text(before + START + "\n".join(lines) + "\n" + END + behind.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write()
+    write("--vllm" in sys.argv)

@@ -18,7 +18,7 @@ from cluster.run.asked import answer_tokens
 from cluster.run.models import check_references, model_path
 from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
-from experts.architectures import check_policy
+from experts.architectures import check_expert, check_policy
 from experts.chat import Chat, ChatError, ChatSettings, Messages, worded
 from experts.config import EngineConfig, ExpertConfig
 from experts.loading import check_end_token, describe, load_tokenizer
@@ -68,8 +68,9 @@ def check_models(config: RunConfig) -> None:
         try:
             described[key] = describe(model_path(reference))
             check_end_token(model_path(reference))
-            if key == "policy.model":
-                check_policy(model_path(reference), config.policy.engine)
+            engine = config.engines()[key.removesuffix(".model")]
+            check = check_policy if key == "policy.model" else check_expert
+            check(model_path(reference), engine.engine, bool(engine.gpus))
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
     _check_encoders(config, [described[f"experts.{index}.model"] for index in range(len(config.experts))])

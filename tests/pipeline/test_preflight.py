@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,21 @@ def test_layers_that_read_token_ids_are_no_policy_for_vllm(models: Path, tmp_pat
     preflight.check_models(config(models, {}, {"model": path}))
     with pytest.raises(ConfigError, match=r"^policy\.model: .* which vLLM does not take beside a prefix"):
         preflight.check_models(config(models, {}, VLLM | {"model": path}))
+
+
+@pytest.mark.parametrize(("role", "key"), [("the policy", "policy"), ("an expert", "experts.0")])
+def test_what_vllm_computes_wrongly_is_refused_by_name(models: Path, tmp_path: Path, role: str, key: str) -> None:
+    path = architectures.make("qwen3_next", tmp_path)
+
+    def check(**engine: Any) -> None:
+        expert, policy = ({}, engine) if key == "policy" else (engine | {"max_tokens": 64}, {})
+        preflight.check_models(config(models, expert, policy))
+
+    check(model=path)
+    check(model=path, engine="vllm", gpus=1)
+    reason = rf"model .*: qwen3_next cannot be {role} on vLLM: .* in bfloat16 only; on GPUs it was not tried"
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}\.model: {reason}; take engine: transformers$"):
+        check(model=path, engine="vllm")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])

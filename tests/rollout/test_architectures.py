@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from tests.architectures import ARCHITECTURES, PROMPTS, SHARED, documented, make
 def test_the_page_has_a_row_for_every_architecture() -> None:
     rows = documented()
     assert list(rows) == list(ARCHITECTURES)
-    assert all(verdict == "exact" or verdict.startswith("refused: ") for row in rows.values() for verdict in row)
+    assert {len(row) for row in rows.values()} == {4}
+    assert all(re.match(r"exact$|refused: |refused on CPUs: ", verdict) for row in rows.values() for verdict in row)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_is_what_the_page_says_of_it(name: str, tmp_path: Path) -> None:
     """`python -m tests.architectures` writes the page anew."""
-    assert verdicts(name, tmp_path) == documented()[name]
+    assert verdicts(name, tmp_path) == documented()[name][:2]
 
 
 @pytest.mark.slow
