@@ -94,7 +94,9 @@ def refusals(tree: ast.AST) -> list[str]:
     """The longest fixed part of each message, without punctuation at its ends."""
     errors = ("ModelError", "ChatError")
     raised = [n.args[0] for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in errors]
-    reasons = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "policy_refusal"]
+    reasons = [
+        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("policy_refusal", "expert_refusal")
+    ]
     returned = [n.value for reason in reasons for n in ast.walk(reason) if isinstance(n, ast.Return)]
     parts = [
         [part.value for part in ast.walk(message) if isinstance(part, ast.Constant) and isinstance(part.value, str)]

@@ -19,7 +19,7 @@ from tests.models import make
 SAID = "a , b do n't ' x ' we 've . 's ?"
 HOUSE = Path(__file__).parents[2]
 # Reads a tokenizer only to compare its files; a benchmark's other side.
-ELSEWHERE = {"experts/loading.py", "cluster/zoo/worker.py", "benchmarks/trl_grpo.py"}
+ELSEWHERE = {"experts/gguf.py", "experts/loading.py", "cluster/zoo/worker.py", "benchmarks/trl_grpo.py"}
 
 
 def test_nothing_is_cleaned_up_although_the_files_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
