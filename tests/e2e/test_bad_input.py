@@ -126,8 +126,12 @@ def test_a_template_that_takes_no_system_message_and_a_model_of_more_than_text_a
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}hello"
     (strict / "chat_template.jinja").write_text(refusing)
     system = ["data.tasks=[{name: sums, dataset: chain_sum, size: 100}]", "data.system=default"]
-    said = refused(capsys, monkeypatch, "train", str(runs.recipe), f"experts.1.model={strict}", *system)
-    assert "experts.1.model" in said and "no system role" in said and "data.system" in said
+    for key, remedy in (
+        ("experts.1", 'experts.1.system: "" leaves out'),
+        ("policy", "without data.system there is no"),
+    ):
+        said = refused(capsys, monkeypatch, "train", str(runs.recipe), f"{key}.model={strict}", *system)
+        assert f"{key}.model" in said and "no system role" in said and remedy in said
     picture = make(tmp_path / "picture", "llama", width=24)
     config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
     (picture / "config.json").write_text(json.dumps(config))
