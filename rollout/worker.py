@@ -179,10 +179,8 @@ class RolloutWorker:
             made = made._replace(prefix=same if len(prefix) else None)
         tokens = [np.asarray(self.policy.tokenize(m), dtype=np.int64) for m in self.messages_for(prompts, encoded)]
         requests = [
-            Request(
-                t, self._uniforms(p, snapshot, sampling), request_seed(self.seed, p.ordinal, snapshot.version), d.open
-            )
-            for t, p, d in zip(tokens, prompts, made.draws, strict=True)
+            self._request(prompt, mine, drawn.open, sampling, snapshot)
+            for prompt, mine, drawn in zip(prompts, tokens, made.draws, strict=True)
         ]
         completions = self.engine.generate(requests, made.prefix, sampling, None if alone else snapshot)
         groups = self._groups(prompts, tokens, completions, sampling, snapshot, encoded, made)
@@ -288,6 +286,12 @@ class RolloutWorker:
 
         said = [{e.expert: fitting(e.answers[row]) for e in encoded} for row in range(len(prompts))]
         return [with_answers(template, p.messages, mine) for p, mine in zip(prompts, said, strict=True)]
+
+    def _request(
+        self, prompt: Prompt, tokens: np.ndarray, shown: bool, sampling: Sampling, snapshot: RouterSnapshot
+    ) -> Request:
+        seed = request_seed(self.seed, prompt.ordinal, snapshot.version)
+        return Request(tokens, self._uniforms(prompt, snapshot, sampling), seed, shown)
 
     def _uniforms(self, prompt: Prompt, snapshot: RouterSnapshot, sampling: Sampling) -> np.ndarray | None:
         if sampling.temperature == 0 or not self.engine.needs_uniforms:
