@@ -121,7 +121,8 @@ def control_ids(tokenizer: Any) -> set[int]:
 
 
 SPELLINGS = st.sampled_from([*CONTROL, "<unk>", "<pad>", "＜s＞", "<think>", "<", "s>", "</", "|im_end|>", "<|im_"])
-LETTERS = st.text(st.sampled_from("ab 1+=<>/s|é€\n"), max_size=6)
+# Without an s, so that by chance they spell no control token.
+LETTERS = st.text(st.sampled_from("ab 1+=<>/|é€\n"), max_size=6)
 CONTENTS = st.lists(st.one_of(SPELLINGS, LETTERS), max_size=8).map("".join)
 
 
