@@ -117,6 +117,8 @@ class ExpertConfig(EngineConfig):
     template: the expert's own wording of the last user message.  `{question}` is the question that `data.template` made
         into that message, and `{prompt}` the message itself, as the policy reads it; of a message that is not of
         `data.template`, such as a plug-in's or a chat client's, both are the whole message.  None leaves it as it is.
+    parts: names of tasks.  In a message composed of their questions and others', `{question}` of `template` is theirs
+        alone, one below the other; in any other message it is the whole question.
     system: a system message for this expert in place of any other, such as that of `data.system`; an empty one leaves
         out the others.  None leaves them as they are.
     replicas: workers, each with a copy of the model; a prompt goes to the one that its text says, so that caches
@@ -134,6 +136,7 @@ class ExpertConfig(EngineConfig):
     batch: int = Field(64, ge=1)
     replicas: int = Field(1, ge=1)
     template: str | None = None
+    parts: tuple[str, ...] = ()
     system: str | None = None
 
     @property

@@ -7,7 +7,7 @@ from random import Random
 
 from rewards.config import DataConfig, TaskConfig
 from rewards.forms import FORMS, FormVerifier
-from rewards.prompts import filled, prompt_of
+from rewards.prompts import between_fields, filled, prompt_of
 from rewards.splits import Balance, shares, split_in, within
 from rewards.verify import ExactInteger, RewardsError, Verifier, integer
 from rollout.types import Prompt
@@ -43,9 +43,21 @@ def composed_verifier(task: TaskConfig) -> Verifier:
     return FormVerifier(task.operation) if task.operation in FORMS else ExactInteger()
 
 
-def wording(task: TaskConfig, data: DataConfig) -> str:
-    """The template of a composed task's messages, in the fields `{part1}`, `{part2}`, `{part3}`."""
-    return (task.template or data.template).replace("{question}", _question(task))
+def wordings(data: DataConfig) -> list[tuple[str, str, tuple[str, ...]]]:
+    """How the messages of tasks are made that are not a question under `data.template` and nothing else.
+
+    Each is the message and the question in it, both in the fields `{question}`, or `{part1}`, `{part2}`, ..., and the
+    names of the parts.
+    """
+    found = []
+    for task in data.tasks:
+        if task.compose is not None:
+            template, whole = task.template or data.template, _question(task)
+            asked = whole if "{question}" in template else between_fields(template)
+            found.append((template.replace("{question}", whole), asked, task.compose))
+        elif task.template is not None:
+            found.append((task.template, "{question}", ()))
+    return found
 
 
 def combine(operation: str, answers: Sequence[int]) -> str:

@@ -181,8 +181,9 @@ class TaskConfig(BaseModel):
             )
         fields = ("{question}", *(f"{{part{number}}}" for number in range(1, parts + 1)))
         if self.template is not None:
-            if not any(field in self.template for field in fields):
-                raise ValueError(f"task {self.name!r}: template must contain {' or '.join(fields)}")
+            if "{question}" not in self.template and not (parts and all(each in self.template for each in fields[1:])):
+                each = f" or {', '.join(fields[1:])}" if parts else ""
+                raise ValueError(f"task {self.name!r}: template must contain {{question}}{each}")
             for unknown in set(re.findall(r"{part[0-9]+}", self.template)) - set(fields):
                 raise ValueError(
                     f"task {self.name!r}: template has {unknown}, but compose names {parts or 'no'} tasks; known are "

@@ -35,8 +35,7 @@ def prompt_of(
     fields = {"question": question.strip()} | {f"part{n}": part.strip() for n, part in enumerate(parts, start=1)}
     user = Message(role="user", content=filled(template, fields))
     if "{question}" not in template:  # what stands in the message in place of the question
-        spans = [found.span() for name in fields for found in re.finditer(f"{{{name}}}", template)]
-        question = filled(template[min(spans)[0] : max(spans)[1]], fields)
+        question = filled(between_fields(template), fields)
     system = () if data.system is None else (Message(role="system", content=system_prompt(data.system)),)
     return Prompt(
         ordinal=0,
@@ -50,6 +49,12 @@ def prompt_of(
 def filled(template: str, fields: Mapping[str, str]) -> str:
     """The template with every `{name}` of these fields filled in; what they say is not read as a template."""
     return re.sub(r"{(\w+)}", lambda found: fields.get(found[1], found[0]), template)
+
+
+def between_fields(template: str) -> str:
+    """A template of a composed task from its first `{part1}`, `{part2}` or `{part3}` to its last."""
+    spans = [found.span() for found in re.finditer(r"{part[0-9]+}", template)]
+    return template[spans[0][0] : spans[-1][1]]
 
 
 @lru_cache

@@ -1,8 +1,8 @@
 """Which prompts are held out, and how a task's pools are balanced by answer.
 
-The split of a prompt depends on its text (with `data.split_by: question` on its question's) and the two shares alone: not
-on the seed, the task's size or the other tasks.  So whoever builds tasks at another size or with another seed, such as the zoo,
-never trains on a prompt that a run holds out.
+The split of a prompt depends on its text (with `data.split_by: question` on its question's) and the two shares alone:
+not on the seed, the task's size or the other tasks.  So whoever builds tasks at another size or with another seed, such
+as the zoo, never trains on a prompt that a run holds out.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ def _check_template(config: RunConfig, key: str, engine: EngineConfig, task: Tas
     messages: Messages = next(iter((*task.train, *task.test))).messages
     without = "without data.system there is no system message"
     if isinstance(engine, ExpertConfig):
-        messages = worded(messages, engine.template, engine.system, config.prompt_style)
+        messages = worded(messages, engine.template, engine.system, config.prompt_style, engine.parts)
         without = f'{key}.system: "" leaves out the system message'
     try:
         chat_of(config, engine).tokenize(messages)
