@@ -18,6 +18,7 @@ from cluster.run.asked import answer_tokens
 from cluster.run.models import check_references, model_path
 from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
+from cluster.zoo.recipe import load_recipe
 from experts.architectures import check_expert, check_policy
 from experts.chat import Chat, ChatError, ChatSettings, Messages, worded
 from experts.config import EngineConfig, ExpertConfig
@@ -53,6 +54,23 @@ def check_names(config: RunConfig) -> None:
     if config.router.init and not hub.is_on_hub(config.router.init):  # nothing is downloaded for a plan
         _check_experts(config, router_folder(config.router.init))
     check_references(config)
+    if config.data.split_by == "question":
+        _check_zoo_splits(config)
+
+
+def _check_zoo_splits(config: RunConfig) -> None:
+    """Models of the zoo must not have been trained on questions that the run holds out."""
+    keys = ("split_by", "validation", "test")
+    for key, reference in config.models().items():
+        if not reference.startswith("zoo/"):
+            continue
+        world = reference.split("/")[1]
+        theirs = load_recipe(world).data
+        if other := [name for name in keys if getattr(theirs, name) != getattr(config.data, name)]:
+            raise ConfigError(
+                f"{key}: {reference} was trained on questions that this recipe holds out: its world has {other[0]}: "
+                f"{getattr(theirs, other[0])}; set data.{other[0]} to that, or take a model of another world"
+            )
 
 
 def check_models(config: RunConfig) -> None:
