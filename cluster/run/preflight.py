@@ -61,15 +61,14 @@ def check_names(config: RunConfig) -> None:
 def _check_zoo_splits(config: RunConfig) -> None:
     """Models of the zoo must not have been trained on questions that the run holds out."""
     keys = ("split_by", "validation", "test")
-    for key, reference in config.models().items():
-        if not reference.startswith("zoo/"):
+    for key, engine in config.engines().items():
+        if not engine.model.startswith("zoo/") or getattr(engine, "weights", "stored") == "random":
             continue
-        world = reference.split("/")[1]
-        theirs = load_recipe(world).data
+        theirs = load_recipe(engine.model.split("/")[1]).data
         if other := [name for name in keys if getattr(theirs, name) != getattr(config.data, name)]:
             raise ConfigError(
-                f"{key}: {reference} was trained on questions that this recipe holds out: its world has {other[0]}: "
-                f"{getattr(theirs, other[0])}; set data.{other[0]} to that, or take a model of another world"
+                f"{key}.model: {engine.model} was trained on questions that this recipe holds out: its world has "
+                f"{other[0]}: {getattr(theirs, other[0])}; set data.{other[0]} to that, or take another model"
             )
 
 
@@ -301,6 +300,7 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
             no room for an answer.
     """
     path, chat = model_path(config.policy.model), chat_of(config, config.policy)
+    check_parts(config, tasks)
     for key, engine in config.engines().items():
         _check_template(config, key, engine, next(iter(tasks.values())))
         if config.data.date is None and chat_of(config, engine).prints_date:
@@ -315,6 +315,24 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
     for name, count in lost.items():
         note(f"task {name}: {count} prompts of more than {config.data.max_prompt_tokens} tokens are left out")
     return kept
+
+
+def check_parts(config: RunConfig, tasks: Mapping[str, Task]) -> None:
+    """Makes sure that an expert with `parts` is asked these, in every prompt of the run.
+
+    Raises:
+        ConfigError: naming the expert, the task and the question that is cut wrongly.
+    """
+    style = config.prompt_style
+    for index, expert in enumerate(config.experts):
+        prompts = (prompt for task in tasks.values() for pool in task.pools.values() for prompt in pool)
+        for prompt in prompts if expert.parts else ():
+            own = [part["question"] for part in prompt.payload.get("parts", ()) if part["task"] in expert.parts]
+            if own and style.question(prompt.messages[-1]["content"], expert.parts) != "\n".join(own):
+                raise ConfigError(
+                    f"experts.{index}.parts: in a prompt of task {prompt.task!r} nobody can tell where the question "
+                    f"{own[0][:60]!r} ends or begins: give the task a template whose own words stand in no question"
+                )
 
 
 def chat_of(config: RunConfig, engine: EngineConfig) -> Chat:

@@ -6,10 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,6 +167,19 @@ def test_no_question_of_a_held_out_prompt_is_in_a_training_pool(made: dict[str, 
     assert all(len(found[split]) > 5 for split in SPLITS)
     assert not found["train"] & (found["validation"] | found["test"])
     assert not found["validation"] & found["test"]
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "separable", "curriculum"])
+def test_a_recipe_of_ours_can_hold_its_questions_out(recipe: str) -> None:
+    path = Path(__file__).parents[2] / "configs" / f"{recipe}.yaml"
+    section = yaml.safe_load(path.read_text())["data"]
+    small = [task | {"size": 300} for task in section["tasks"]]
+    tasks = build_tasks(DataConfig.model_validate(section | {"tasks": small, "split_by": "question"}))
+    trained, held_out = (
+        questions([prompt for task in tasks.values() for split in splits for prompt in task.pools[split]])
+        for splits in (SPLITS[:1], SPLITS[1:])
+    )
+    assert len(held_out) > 30 and not trained & held_out
 
 
 @pytest.fixture(scope="module")
