@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from experts.chat import PromptStyle
+from experts.chat import PromptStyle, Wording
 from experts.config import CacheConfig, EngineConfig, ExpertConfig, RouterConfig
 from learner.config import AlgorithmConfig, LearnerConfig
+from rewards.composed import wordings
 from rewards.config import DataConfig, RewardsConfig
 from rollout.config import PolicyConfig, SamplingConfig
 from rollout.text import unknown_fields
@@ -207,6 +208,7 @@ class RunConfig(BaseModel):
                 f"{', '.join(names)}"
             )
         self._check_new_experts(names)
+        self._check_parts()
         if self.algorithm.dynamic_sampling and (self.router.gate or self.router.kind == "top1"):
             raise ValueError(
                 "algorithm.dynamic_sampling drops the groups that tell a router's choices apart, right or wrong: "
@@ -231,6 +233,23 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "router.add_expert trains what belongs to the new experts alone, and policy.lora an adapter: choose one"
             )
+
+    def _check_parts(self) -> None:
+        for index, expert in enumerate(self.experts):
+            key = f"experts.{index}.parts"
+            known = [task.name for task in self.data.tasks]
+            if unknown := [name for name in expert.parts if name not in known]:
+                raise ValueError(f"{key}: {unknown[0]!r} is none of data.tasks: {', '.join(known)}")
+            if expert.parts and "{question}" not in (expert.template or ""):
+                raise ValueError(f"{key}: experts.{index}.template must say where: give it one with {{question}}")
+            places: dict[str, list[bool]] = {}
+            for message, _, parts in wordings(self.data) if expert.parts else ():
+                own = [part in expert.parts for part in parts]
+                if places.setdefault(message, own) != own:
+                    raise ValueError(
+                        f"{key}: two composed tasks have the same wording and other parts, so that nobody can tell "
+                        f"whose question is which ({', '.join(parts)}): give one of them a template of its own"
+                    )
 
     @property
     def trains(self) -> bool:
@@ -261,7 +280,8 @@ class RunConfig(BaseModel):
     @property
     def prompt_style(self) -> PromptStyle:
         """What is the same for all prompts of the run."""
-        return PromptStyle(self.data.date, self.data.template)
+        own = tuple(Wording(*each) for each in wordings(self.data))
+        return PromptStyle(self.data.date, self.data.template, own)
 
     def dated(self, date: datetime.date | None) -> RunConfig:
         """The configuration with this date, unless it has one."""

@@ -303,36 +303,109 @@ def check_variables(template: str | None, variables: Mapping[str, Scalar]) -> No
 
 
 @dataclass(frozen=True)
+class Wording:
+    """How a task's messages are made of questions.
+
+    message: the whole of one, with `{question}`; of a composed task with `{part1}`, `{part2}`, ... instead.
+    question: what counts as the question in it, in the same fields.
+    parts: for each numbered field, the task that its question is of.
+    """
+
+    message: str
+    question: str = "{question}"
+    parts: tuple[str, ...] = ()
+
+    @property
+    def fixed(self) -> int:
+        """Number of characters that do not depend on the questions."""
+        return len(_FIELD.sub("", self.message))
+
+    def fields(self, content: str) -> dict[str, str] | None:
+        """What the fields of such a message hold; None of another message.
+
+        Time is linear in the content where a field stands but once.
+        """
+        if not self.parts:
+            first, *others = (re.escape(part) for part in self.message.split("{question}"))
+            pattern = first + r"(?P<question>.*)" + r"(?P=question)".join(others)
+            found = re.fullmatch(pattern, content, re.DOTALL) if others else None
+            return None if found is None else {"question": found["question"]}
+        return _fields(self.message, content)
+
+
+@dataclass(frozen=True)
 class PromptStyle:
     """What a run fixes of all its prompts.
 
     date: see `ChatSettings`.
     template: `data.template`, by which a question became a message.
+    wordings: of the tasks whose messages are made otherwise.
     """
 
     date: datetime.date | None = None
     template: str = "{question}"
+    wordings: tuple[Wording, ...] = ()
 
-    def question(self, content: str) -> str:
-        """The question in a message under the run's template; of another message, all of it."""
-        first, *others = (re.escape(part) for part in self.template.split("{question}"))
-        if not others:
-            return content
-        pattern = first + r"(?P<question>.*)" + r"(?P=question)".join(others)
-        found = re.fullmatch(pattern, content, re.DOTALL)
-        return content if found is None else found["question"]
+    def question(self, content: str, parts: Sequence[str] = ()) -> str:
+        """The question in a message of the run; of another message, all of it.
+
+        parts: names of tasks; of a composed message with questions of theirs, these alone, one below the other.
+        """
+        for wording in self._wordings:
+            fields = wording.fields(content)
+            if fields is None:
+                continue
+            own = [fields[f"part{n}"] for n, task in enumerate(wording.parts, start=1) if task in parts]
+            return "\n".join(own) or _filled(wording.question, fields)
+        return content
+
+    @functools.cached_property
+    def _wordings(self) -> list[Wording]:
+        """All of them, those first that say most themselves: `{question}` alone is every message."""
+        return sorted((*self.wordings, Wording(self.template)), key=lambda wording: -wording.fixed)
 
 
-def worded(messages: Messages, template: str | None, system: str | None, style: PromptStyle) -> Messages:
+_FIELD = re.compile(r"{(question|part[0-9]+)}")
+
+
+def _filled(template: str, fields: Mapping[str, str]) -> str:
+    return _FIELD.sub(lambda found: fields[found[1]], template)
+
+
+def _fields(message: str, content: str) -> dict[str, str] | None:
+    """See `Wording.fields`: each field ends where the text behind it is found first."""
+    front, *rest = _FIELD.split(message)
+    if not content.startswith(front):
+        return None
+    at, found = len(front), dict[str, str]()
+    for index in range(0, len(rest), 2):
+        name, behind = rest[index : index + 2]
+        if name in found:
+            end = at + len(found[name])
+        elif index + 2 == len(rest):
+            end = len(content) - len(behind)
+        else:
+            end = content.find(behind, at) if behind else -1
+        value, after = content[at:end], end + len(behind)
+        if end < at or not content.startswith(behind, end) or found.setdefault(name, value) != value:
+            return None
+        at = after
+    return found if at == len(content) else None
+
+
+def worded(
+    messages: Messages, template: str | None, system: str | None, style: PromptStyle, parts: Sequence[str] = ()
+) -> Messages:
     """A conversation as an expert is asked it; see `experts.config.ExpertConfig`.
 
     template: of the last user message.  system: message in front, instead of any other; an empty one is none.
+    parts: tasks of whose questions `{question}` is made where the message is composed of them.
     """
     said = [dict(message) for message in messages]
     asked = [message for message in said if message["role"] == "user"]
     if template is not None and asked:
         content = asked[-1]["content"]
-        known = {"{prompt}": content, "{question}": style.question(content)}
+        known = {"{prompt}": content, "{question}": style.question(content, parts)}
         asked[-1]["content"] = re.sub(r"{(?:prompt|question)}", lambda found: known[found.group()], template)
     if system is None:
         return said

@@ -114,9 +114,11 @@ class ExpertConfig(EngineConfig):
     max_tokens: an expert sees at most so many of its own tokens of a prompt.  From a longer one the middle is left out:
         what stands before the first message (its BOS token, the chat template's header) stays, at least a quarter of
         `max_tokens` and at most half, and the end; `experts/<name>/truncated` counts such prompts.
-    template: the expert's own wording of the last user message.  `{question}` is the question that `data.template` made
-        into that message, and `{prompt}` the message itself, as the policy reads it; of a message that is not of
-        `data.template`, such as a plug-in's or a chat client's, both are the whole message.  None leaves it as it is.
+    template: the expert's own wording of the last user message.  `{question}` is the question that `data.template`, or
+        a task's own template, made into that message, and `{prompt}` the message itself, as the policy reads it; of
+        another message, such as a plug-in's or a chat client's, both are the whole message.  None leaves it as it is.
+    parts: names of tasks.  In a composed message with questions of theirs, `{question}` of `template` is these alone,
+        one below the other; in any other message it is the whole question.
     system: a system message for this expert in place of any other, such as that of `data.system`; an empty one leaves
         out the others.  None leaves them as they are.
     replicas: workers, each with a copy of the model; a prompt goes to the one that its text says, so that caches
@@ -134,6 +136,7 @@ class ExpertConfig(EngineConfig):
     batch: int = Field(64, ge=1)
     replicas: int = Field(1, ge=1)
     template: str | None = None
+    parts: tuple[str, ...] = ()
     system: str | None = None
 
     @property

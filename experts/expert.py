@@ -216,7 +216,7 @@ class Expert:
 
     def read(self, messages: Messages) -> Reading:
         """A prompt in the expert's own words, and not longer than it reads."""
-        own = worded(messages, self.config.template, self.config.system, self.style)
+        own = worded(messages, self.config.template, self.config.system, self.style, self.config.parts)
         return self.frozen.chat.read(own, self.config.max_tokens)
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -230,6 +230,8 @@ class Expert:
         parts = [self.frozen.fingerprint(), c.layer, c.pool, c.tokens, c.norm, c.max_tokens]
         if c.weights != "stored":
             parts.append(c.weights)
+        if c.parts:
+            parts.append(f"parts: {c.parts!r}")
         parts += [
             f"{key}: {value!r}" for key, value in (("template", c.template), ("system", c.system)) if value is not None
         ]

@@ -101,8 +101,8 @@ class TaskConfig(BaseModel):
     """One task of the mixture.
 
     Exactly one of `dataset` (a Reasoning Gym data set), `category` (all data sets of a Reasoning Gym category, each a
-    task of its own named `<name>.<data set>`, sharing the weight), `compose` (names of other tasks, whose integer
-    answers are combined by `operation`), `path` (a local JSON, JSONL, Parquet or CSV file), `hub` (a data set of the
+    task of its own named `<name>.<data set>`, sharing the weight), `compose` (names of other tasks, of whose integer
+    answers `operation` makes one), `path` (a local JSON, JSONL, Parquet or CSV file), `hub` (a data set of the
     Hugging Face hub, as `name` or `name:configuration`) or `plugin` (`module:Class`) says where its prompts come from.
 
     weight: share of the training stream, relative to the other tasks; 0 keeps the task as a part
@@ -113,6 +113,11 @@ class TaskConfig(BaseModel):
     level: of the data set's curriculum, which sets what `config` leaves open; None takes the data set's defaults.
     exclude: data sets that a category leaves out.
     curriculum: several levels instead of one, the harder ones once the easier ones are mastered; they share `size`.
+    operation: of two or three tasks, `sum`, `difference` (the first minus all others) or `maximum`; of two, `larger`
+        (`first`, `second` or `equal`); of one, its answer in another form: `words` (seven), `roman` (VII), `parity`
+        (odd, even) or `sentence` (The answer is 7.).
+    template: the task's own wording, in place of `data.template`; `{question}` is the question, and in a composed task
+        `{part1}`, `{part2}`, `{part3}` are those of its parts, without "Problem 1:" and the request.
     columns: of a file or a data set of the hub.
     verifier: instead of the source's own: `number` (the final number, exactly), `math` (symbolic equality by
         math-verify), `integer` (nothing but the integer), `text` (the same text, apart from spaces and case), or
@@ -132,7 +137,8 @@ class TaskConfig(BaseModel):
     curriculum: CurriculumConfig | None = None
     answers: AnswerRange | None = None
     compose: tuple[str, ...] | None = None
-    operation: Literal["sum", "difference", "maximum"] = "sum"
+    operation: Literal["sum", "difference", "maximum", "larger", "words", "roman", "parity", "sentence"] = "sum"
+    template: str | None = None
     path: str | None = None
     hub: str | None = None
     columns: ColumnsConfig = ColumnsConfig()
@@ -145,8 +151,7 @@ class TaskConfig(BaseModel):
         given = [key for key in SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"task {self.name!r} needs exactly one of {', '.join(SOURCES)}; got {given or 'none'}")
-        if self.compose is not None and len(self.compose) not in (2, 3):
-            raise ValueError(f"task {self.name!r}: compose takes 2 or 3 tasks, got {len(self.compose)}")
+        self._check_composition()
         for key, sources in _OF_SOURCES.items():
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True) and (
                 given[0] not in sources
@@ -160,9 +165,48 @@ class TaskConfig(BaseModel):
             )
         return self
 
+    def _check_composition(self) -> None:
+        parts = len(self.compose or ())
+        if self.compose is not None and parts not in (counts := PARTS[self.operation]):
+            others = [operation for operation in PARTS if parts in PARTS[operation]]
+            remedy = f"; for {parts} set operation to {', '.join(others)}" if others else ""
+            raise ValueError(
+                f"task {self.name!r}: compose takes {' or '.join(map(str, counts))} tasks, got {parts} (operation: "
+                f"{self.operation}){remedy}"
+            )
+        if self.compose is not None and self.operation in OF_TEXT and self.verifier in ("number", "math", "integer"):
+            raise ValueError(
+                f"task {self.name!r}: verifier {self.verifier} reads no answers of operation: {self.operation}: leave "
+                "verifier out"
+            )
+        fields = ("{question}", *(f"{{part{number}}}" for number in range(1, parts + 1)))
+        if self.template is not None:
+            if "{question}" not in self.template and not (parts and all(each in self.template for each in fields[1:])):
+                each = f" or {', '.join(fields[1:])}" if parts else ""
+                raise ValueError(f"task {self.name!r}: template must contain {{question}}{each}")
+            for unknown in set(re.findall(r"{part[0-9]+}", self.template)) - set(fields):
+                raise ValueError(
+                    f"task {self.name!r}: template has {unknown}, but compose names {parts or 'no'} tasks; known are "
+                    f"{', '.join(fields)}"
+                )
+
 
 VERIFIERS = ("number", "math", "integer", "text")
+# Numbers of tasks that an operation takes.
+PARTS: dict[str, tuple[int, ...]] = {
+    "sum": (2, 3),
+    "difference": (2, 3),
+    "maximum": (2, 3),
+    "larger": (2,),
+    "words": (1,),
+    "roman": (1,),
+    "parity": (1,),
+    "sentence": (1,),
+}
+OF_TEXT = ("larger", "words", "roman", "parity", "sentence")  # operations whose answers are no integers
 _OF_SOURCES = {
+    "operation": ("compose",),
+    "template": ("dataset", "category", "compose", "path", "hub"),
     "config": ("dataset",),
     "level": ("dataset", "category"),
     "curriculum": ("dataset", "category"),
@@ -184,6 +228,9 @@ class DataConfig(BaseModel):
         the start of a run) or refused (`long_prompts: refuse`).
     validation, test: shares of the distinct prompts held out, by a hash of the prompt's text, so
         that no training of any kind (policy, experts, router) ever sees them.
+    split_by: `entry` holds whole prompts out, so that a part of a held-out composed prompt may stand in a training
+        prompt; `question` holds questions out, by a hash of their own text, in every task, alone and as parts: a
+        composed prompt has parts of its own split only.
     """
 
     model_config = FROZEN
@@ -195,6 +242,7 @@ class DataConfig(BaseModel):
     long_prompts: Literal["drop", "refuse"] = "drop"
     validation: float = Field(0.1, gt=0.0, lt=0.5)
     test: float = Field(0.15, gt=0.0, lt=0.5)
+    split_by: Literal["entry", "question"] = "entry"
     tasks: tuple[TaskConfig, ...]
 
     def at_hand(self) -> tuple[TaskConfig, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from rewards.config import DataConfig, TaskConfig
 from rewards.numbers import NumberVerifier, number
 from rewards.prompts import prompt_of
-from rewards.splits import split_of, split_text
+from rewards.splits import split_in
 from rewards.verifiers import MathVerifier, TextVerifier
 from rewards.verify import ExactInteger, RewardsError, Verifier, integer
 from rollout.types import Prompt
@@ -73,7 +73,7 @@ def hub_entries(task: TaskConfig, data: DataConfig) -> list[Prompt]:
     for split, rows in splits.items():
         for index, row in enumerate(rows.select(range(min(task.size, len(rows))))):
             entry = _entry(task, data, row, f"row {index} of {task.hub}, split {split}")
-            own = split_of(split_text(entry), data)
+            own = split_in(entry, data)
             # What the data set holds out stays so; of the rest only what it does not hold out itself is held out.
             entry.payload["split"] = split if split in held_out else "train" if own in held_out else own
             entries.append(entry)

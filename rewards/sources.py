@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from rewards.composed import composed_entries
+from rewards.composed import composed_entries, composed_verifier
 from rewards.config import DataConfig, TaskConfig
 from rewards.files import file_entries, hub_entries
 from rewards.generation import gym_entries, one_generator
 from rewards.numbers import NumberVerifier
-from rewards.splits import SPLITS, Balance, Split, check_disjoint, split_of, split_text, within
+from rewards.splits import SPLITS, Balance, Split, check_disjoint, check_questions, split_in, within
 from rewards.verifiers import with_settings
-from rewards.verify import ExactInteger, RewardsError, Verifier
+from rewards.verify import RewardsError, Verifier
 from rollout.types import Prompt
 
 Entries = dict[str, list[Prompt]]
@@ -38,6 +38,11 @@ class Task:
     validation: tuple[Prompt, ...]
     test: tuple[Prompt, ...]
     verifier: Verifier
+
+    @property
+    def pools(self) -> dict[Split, tuple[Prompt, ...]]:
+        """The three pools by their names."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -75,8 +80,11 @@ def build_tasks(data: DataConfig) -> dict[str, Task]:
                 if by_name[part].compose is not None:
                     raise RewardsError(f"task {task.name!r}: its part {part!r} is composed itself; compose plain tasks")
             parts = [(by_name[part], sources[part][0]) for part in task.compose]
-            sources[task.name] = composed_entries(task, data, parts), ExactInteger()
-    return {task.name: _task(task, data, *sources[task.name]) for task in tasks}
+            sources[task.name] = composed_entries(task, data, parts), composed_verifier(task)
+    built = {task.name: _task(task, data, *sources[task.name]) for task in tasks}
+    if data.split_by == "question":
+        check_questions({name: task.pools for name, task in built.items()})
+    return built
 
 
 def all_entries(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verifier]:
@@ -93,7 +101,7 @@ def all_entries(task: TaskConfig, data: DataConfig) -> tuple[list[Prompt], Verif
         by_name = {other.name: other for other in data.tasks}
         with one_generator():
             parts = [(by_name[part], _source(by_name[part], data)[0]) for part in task.compose]
-        entries, verifier = composed_entries(task, data, parts), ExactInteger()
+        entries, verifier = composed_entries(task, data, parts), composed_verifier(task)
     return entries, with_settings(task, verifier)
 
 
@@ -194,7 +202,7 @@ def _task(task: TaskConfig, data: DataConfig, entries: Sequence[Prompt], verifie
     kept = within(entries, task.answers)
     pools: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
     for entry in kept:
-        pools[entry.payload.get("split") or split_of(split_text(entry), data)].append(entry)
+        pools[split_in(entry, data)].append(entry)
     if not pools["train"]:
         raise RewardsError(
             f"task {task.name!r}: no training prompts are left of {len(entries)} entries ({len(kept)} in the range of "

@@ -1,15 +1,15 @@
 """Which prompts are held out, and how a task's pools are balanced by answer.
 
-The split of a prompt depends on its text and the two shares alone: not on the seed, the task's size
-or the other tasks.  So whoever builds tasks at another size or with another seed, such as the zoo,
-never trains on a prompt that a run holds out.
+The split of a prompt depends on its text (with `data.split_by: question` on its question's) and the two shares alone:
+not on the seed, the task's size or the other tasks.  So whoever builds tasks at another size or with another seed, such
+as the zoo, never trains on a prompt that a run holds out.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Literal
 
@@ -38,6 +38,46 @@ def split_of(text: str, data: DataConfig) -> Split:
 def split_text(prompt: Prompt) -> str:
     """What a prompt's split depends on: all it says but the system message."""
     return "\n".join(message["content"] for message in prompt.messages if message["role"] != "system")
+
+
+def split_in(entry: Prompt, data: DataConfig) -> Split:
+    """The split of an entry: its source's own where it has one, else by its text or, as configured, its question."""
+    own: Split | None = entry.payload.get("split")
+    if own is not None:
+        return own
+    return split_of(entry.payload["question"] if data.split_by == "question" else split_text(entry), data)
+
+
+def shares(size: int, data: DataConfig) -> dict[Split, int]:
+    """How many of `size` compositions each split gets."""
+    held_out = {"validation": round(size * data.validation), "test": round(size * data.test)}
+    return {split: held_out.get(split, size - sum(held_out.values())) for split in SPLITS}
+
+
+def questions_of(prompt: Prompt) -> list[dict[str, str]]:
+    """The questions in a prompt, each with its task and answer: its parts', or its own."""
+    own = {"task": prompt.task, "question": prompt.payload["question"], "answer": prompt.answer}
+    return [dict(part) for part in prompt.payload.get("parts", (own,))]
+
+
+def check_questions(pools: Mapping[str, Mapping[Split, Sequence[Prompt]]]) -> None:
+    """Make sure that no question, alone or as a part, is in two splits.
+
+    pools: of every task, by its name.
+
+    Raises:
+        RewardsError: naming the two tasks and the question.
+    """
+    seen: dict[str, tuple[Split, str]] = {}
+    for task, by_split in pools.items():
+        for split, pool in by_split.items():
+            for question in {part["question"] for prompt in pool for part in questions_of(prompt)}:
+                other, where = seen.setdefault(question, (split, task))
+                if other != split:
+                    raise RewardsError(
+                        f"task {task!r}: this question is in {split}, and in {other} of task {where!r}: "
+                        f"{question[:80]!r}; leave one of the tasks out, or set data.split_by to entry"
+                    )
 
 
 def check_disjoint(task: str, pools: dict[Split, tuple[Prompt, ...]]) -> None:

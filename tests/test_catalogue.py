@@ -71,6 +71,28 @@ def test_prompts_are_shown_as_a_model_reads_them(
     assert status == 2 and "did you mean" in err
 
 
+def test_a_recipe_s_prompts_are_exported_with_the_questions_in_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    status, out, _ = run(capsys, monkeypatch, "tasks", "export", str(recipe), "data.split_by=question")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and {line["task"] for line in lines} == {"sums", "pair"}
+    assert all(set(line) == {"task", "split", "ordinal", "text", "answer", "parts"} for line in lines)
+    held_out = {part["question"] for line in lines if line["split"] == "test" for part in line["parts"]}
+    trained = {part["question"] for line in lines if line["split"] == "train" for part in line["parts"]}
+    assert held_out and trained and not held_out & trained
+    pair = next(line for line in lines if line["task"] == "pair")
+    assert [part["task"] for part in pair["parts"]] == ["sums", "sums"]
+    assert int(pair["answer"]) == max(int(part["answer"]) for part in pair["parts"])
+    assert all(part["question"] in line["text"] for line in lines for part in line["parts"])
+    _, out, _ = run(capsys, monkeypatch, "tasks", "export", str(recipe), "data.split_by=question", "--split", "test")
+    assert [json.loads(line) for line in out.splitlines()] == [line for line in lines if line["split"] == "test"]
+    status, _, err = run(capsys, monkeypatch, "tasks", "export", str(recipe), "--split", "tests")
+    assert status == 2 and "it is one of train, validation, test" in err
+
+
 def test_a_file_of_completions_is_scored_through_a_worker(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from rewards.generation import one_generator
 from rewards.gym import categories
 from rewards.pool import LATE_IN_A_ROW
 from rewards.sources import all_entries, build_tasks
+from rewards.splits import SPLITS, questions_of
 from rewards.verify import RewardsError, Verifier
 from rewards.worker import RewardWorker
 from rollout.types import Prompt
@@ -215,6 +216,24 @@ def show_recipe(console: Console, config: Path, examples: int) -> None:
             counts = [str(len(split)) for split in (task.train, task.validation, task.test)] if not index else [""] * 3
             table.add_row(name if not index else "", *counts, escape(prompt.text), escape(prompt.answer))
     console.print(table)
+
+
+def exported(config: Path, overrides: Sequence[str], split: str | None) -> Iterator[dict[str, Any]]:
+    """Every prompt of a recipe's pools, those of `split` alone if one is named, with the questions in it.
+
+    `ordinal` is the position in the task's pool.  Prompts of more than `data.max_prompt_tokens` are among them: what is
+    too long is the policy's matter.
+
+    Raises:
+        ConfigError: when there is no such split.
+    """
+    if split not in (None, *SPLITS):
+        raise ConfigError(f"--split {split}: it is one of {', '.join(SPLITS)}")
+    for name, task in build_tasks(load(config, overrides).data).items():
+        for where in SPLITS if split is None else (split,):
+            for prompt in getattr(task, where):
+                at = {"task": name, "split": where, "ordinal": prompt.ordinal}
+                yield at | {"text": prompt.text, "answer": prompt.answer, "parts": questions_of(prompt)}
 
 
 def _read_completions(source: Path) -> list[tuple[int, str]]:

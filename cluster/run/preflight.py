@@ -18,6 +18,7 @@ from cluster.run.asked import answer_tokens
 from cluster.run.models import check_references, model_path
 from cluster.run.trained import router_folder, saved_experts
 from cluster.watch import wandb_run
+from cluster.zoo.recipe import load_recipe
 from experts.architectures import check_expert, check_policy
 from experts.chat import Chat, ChatError, ChatSettings, Messages, worded
 from experts.config import EngineConfig, ExpertConfig
@@ -53,6 +54,22 @@ def check_names(config: RunConfig) -> None:
     if config.router.init and not hub.is_on_hub(config.router.init):  # nothing is downloaded for a plan
         _check_experts(config, router_folder(config.router.init))
     check_references(config)
+    if config.data.split_by == "question":
+        _check_zoo_splits(config)
+
+
+def _check_zoo_splits(config: RunConfig) -> None:
+    """Models of the zoo must not have been trained on questions that the run holds out."""
+    keys = ("split_by", "validation", "test")
+    for key, engine in config.engines().items():
+        if not engine.model.startswith("zoo/") or getattr(engine, "weights", "stored") == "random":
+            continue
+        theirs = load_recipe(engine.model.split("/")[1]).data
+        if other := [name for name in keys if getattr(theirs, name) != getattr(config.data, name)]:
+            raise ConfigError(
+                f"{key}.model: {engine.model} was trained on questions that this recipe holds out: its world has "
+                f"{other[0]}: {getattr(theirs, other[0])}; set data.{other[0]} to that, or take another model"
+            )
 
 
 def check_models(config: RunConfig) -> None:
@@ -283,6 +300,7 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
             no room for an answer.
     """
     path, chat = model_path(config.policy.model), chat_of(config, config.policy)
+    check_parts(config, tasks)
     for key, engine in config.engines().items():
         _check_template(config, key, engine, next(iter(tasks.values())))
         if config.data.date is None and chat_of(config, engine).prints_date:
@@ -297,6 +315,24 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
     for name, count in lost.items():
         note(f"task {name}: {count} prompts of more than {config.data.max_prompt_tokens} tokens are left out")
     return kept
+
+
+def check_parts(config: RunConfig, tasks: Mapping[str, Task]) -> None:
+    """Makes sure that an expert with `parts` is asked these, in every prompt of the run.
+
+    Raises:
+        ConfigError: naming the expert, the task and the question that is cut wrongly.
+    """
+    style = config.prompt_style
+    for index, expert in enumerate(config.experts):
+        prompts = (prompt for task in tasks.values() for pool in task.pools.values() for prompt in pool)
+        for prompt in prompts if expert.parts else ():
+            own = [part["question"] for part in prompt.payload.get("parts", ()) if part["task"] in expert.parts]
+            if own and style.question(prompt.messages[-1]["content"], expert.parts) != "\n".join(own):
+                raise ConfigError(
+                    f"experts.{index}.parts: in a prompt of task {prompt.task!r} nobody can tell where the question "
+                    f"{own[0][:60]!r} ends or begins: give the task a template whose own words stand in no question"
+                )
 
 
 def chat_of(config: RunConfig, engine: EngineConfig) -> Chat:
@@ -314,7 +350,7 @@ def _check_template(config: RunConfig, key: str, engine: EngineConfig, task: Tas
     messages: Messages = next(iter((*task.train, *task.test))).messages
     without = "without data.system there is no system message"
     if isinstance(engine, ExpertConfig):
-        messages = worded(messages, engine.template, engine.system, config.prompt_style)
+        messages = worded(messages, engine.template, engine.system, config.prompt_style, engine.parts)
         without = f'{key}.system: "" leaves out the system message'
     try:
         chat_of(config, engine).tokenize(messages)

@@ -50,6 +50,23 @@ def tasks_show(
     show_task(console, name, config, seed, count, level)
 
 
+@tasks_app.command("export")
+def tasks_export(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides.", show_default=False)] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; all by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a recipe's prompts as JSON lines: task, split, ordinal, text, answer, and the questions in them."""
+    import json
+
+    from cluster.run.catalogue import exported
+
+    for line in exported(recipe, overrides or [], split):
+        print(json.dumps(line))
+
+
 def score(
     name: Annotated[
         str,

@@ -38,9 +38,10 @@ class Ready:
     shape: RouterShape
 
     def messages(self, question: str) -> tuple[Message, ...]:
-        """A question as the run's prompts were: under its template, behind its system message."""
+        """A question as the run's prompts were: under `data.template`, behind its system message."""
         data = self.config.data
-        return prompt_of(data.tasks[0], data, question=question, answer="", payload={}).messages
+        task = data.tasks[0].model_copy(update={"template": None})
+        return prompt_of(task, data, question=question, answer="", payload={}).messages
 
     def with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """A conversation behind the run's system message, unless it has one of its own."""

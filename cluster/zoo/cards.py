@@ -60,6 +60,8 @@ def _role(recipe: Recipe, model: ExpertRecipe | PolicyRecipe) -> list[str]:
 
 
 def _caveat(recipe: Recipe) -> list[str]:
+    if recipe.data.split_by == "question":
+        return ["No question in these was trained on, neither alone nor as a part of a composed prompt."]
     if not recipe.composed:
         return ["No prompt of these was trained on."]
     return [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from experts.chat import Chat, ChatError, ChatSettings, PromptStyle, worded
+from experts.chat import Chat, ChatError, ChatSettings, PromptStyle, Wording, worded
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
@@ -303,3 +303,52 @@ def test_the_question_in_a_message_is_what_the_template_was_filled_with(
         if not twice:
             assert found == question
     assert PromptStyle(template="no field").question("content") == "content"
+
+
+COMPOSED = PromptStyle(
+    template="{question}\nAnswer:",
+    wordings=(
+        Wording(
+            "Problem 1: {part1}\nProblem 2: {part2}\nWhat is the sum?\nAnswer:",
+            "Problem 1: {part1}\nProblem 2: {part2}\nWhat is the sum?",
+            ("sums", "legs"),
+        ),
+        Wording("2 + 1 = three\n{part1} =", "{part1}", ("sums",)),
+        Wording("Q: {question}\nA:"),
+    ),
+)
+
+
+def test_of_a_composed_message_an_expert_is_asked_its_own_parts() -> None:
+    pair = "Problem 1: 3 + 4\nProblem 2: a cow\nWhat is the sum?\nAnswer:"
+    expected = {
+        (pair, ("sums",)): "3 + 4",
+        (pair, ("legs",)): "a cow",
+        (pair, ("legs", "sums")): "3 + 4\na cow",
+        (pair, ("others",)): pair.removesuffix("\nAnswer:"),
+        (pair, ()): pair.removesuffix("\nAnswer:"),
+        ("2 + 1 = three\n3 + 4 =", ("sums",)): "3 + 4",
+        ("2 + 1 = three\n3 + 4 =", ()): "3 + 4",
+        ("Q: a cow\nA:", ("sums",)): "a cow",
+        ("a cow\nAnswer:", ("sums",)): "a cow",
+        ("hello", ("sums",)): "hello",
+    }
+    for (content, parts), question in expected.items():
+        assert worded(user(content), "<{question}>", None, COMPOSED, parts) == user(f"<{question}>")
+    again = PromptStyle(wordings=(Wording("{part1} and {part2}, {part1} again", "{part1}", ("a", "b")),))
+    assert again.question("1 and 2, 1 again", ["b"]) == "2"
+    assert again.question("1 and 2, 3 again", ["b"]) == "1 and 2, 3 again"
+    same = PromptStyle(wordings=(Wording("{part1}-{part2}-{part3}-", "{part1}", ("a", "b", "c")),))
+    assert [same.question("1-2-3-", [name]) for name in "abc"] == ["1", "2", "3"]
+
+
+@given(
+    st.lists(st.text("ab =", max_size=6), min_size=2, max_size=2),
+    st.lists(st.text("xyz\n{}", max_size=4), min_size=3, max_size=3),
+)
+def test_parts_are_what_the_message_was_made_of(parts: list[str], fixed: list[str]) -> None:
+    front, between, behind = fixed
+    message = f"{front}{{part1}}|{between}{{part2}}{behind}"
+    wording = Wording(message, "{part1}", ("one", "two"))
+    content = message.replace("{part1}", parts[0]).replace("{part2}", parts[1])
+    assert wording.fields(content) == {"part1": parts[0], "part2": parts[1]}

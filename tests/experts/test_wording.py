@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experts.chat import PromptStyle
+from experts.chat import PromptStyle, Wording
 from experts.config import CacheConfig, ExpertConfig
 from experts.expert import Expert, whole
 from experts.loading import load_frozen, stored_sha256, tokenizer_text
@@ -52,6 +52,18 @@ def test_under_few_shots_it_answers_and_thinks_as_on_the_bare_question(folder: P
     both = expert(folder, template="{prompt} ({question})", system="Be brief.").read(asked("3 + 4"))
     text = f"Be brief.\n{asked('3 + 4')[1]['content']} (3 + 4)"
     assert both.tokens == plain.read([{"role": "user", "content": text}]).tokens
+
+
+def test_of_a_composed_prompt_it_answers_its_own_part_as_if_it_were_alone(folder: Path) -> None:
+    style = PromptStyle(wordings=(Wording("{part1}? {part2}? The sum?", "{part1}? {part2}?", ("mine", "another's")),))
+    composed = [({"role": "user", "content": f"{n} + 4? a cow? The sum?"},) for n in range(3)]
+    alone = [({"role": "user", "content": f"{n} + 4 ="},) for n in range(3)]
+    plain, own = expert(folder, style), expert(folder, style, template="{question} =", parts=["mine"])
+    assert own.answer(composed, 5) == plain.answer(alone, 5) != plain.answer(composed, 5)
+    for one, other in zip(own.encode(composed).features, plain.encode(alone).features, strict=True):
+        assert np.array_equal(one, other)
+    whole_prompt = expert(folder, style, template="{question} =")
+    assert own.fingerprint != whole_prompt.fingerprint
 
 
 def test_what_a_configuration_without_the_new_keys_was_it_is_still(folder: Path) -> None:

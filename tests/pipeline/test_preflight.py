@@ -17,6 +17,7 @@ from cluster.run import preflight
 from experts.chat import Chat
 from experts.loading import ModelError, load_frozen, load_tokenizer
 from rewards.sources import build_tasks
+from rewards.splits import questions_of
 from tests import architectures
 from tests.experts.test_bidirectional import make_bert
 from tests.models import make
@@ -251,6 +252,50 @@ def test_the_plan_says_how_many_threads_a_worker_gets() -> None:
 def test_a_zoo_model_that_no_recipe_has_is_refused_before_its_world_is_built() -> None:
     with pytest.raises(ValueError, match="has no model 'nope': it has policy, chain_sum, leg_counting"):
         preflight.check_names(load("configs/quickstart.yaml", ["experts.0.model=zoo/composed/nope"]))
+
+
+def test_a_zoo_model_that_was_trained_on_held_out_questions_is_refused() -> None:
+    by_question = ["data.split_by=question"]
+    with pytest.raises(ConfigError, match=r"experts.0.model: zoo/composed/chain_sum was trained on .* split_by: entry"):
+        preflight.check_names(load("configs/quickstart.yaml", by_question))
+    others = [f"experts.{index}.model=/models/mine" for index in range(2)]
+    with pytest.raises(ConfigError, match=r"policy.model: zoo/composed/policy was trained on"):
+        preflight.check_names(load("configs/quickstart.yaml", [*by_question, *others]))
+    untrained = ["experts.0.weights=random", "experts.1.model=/models/mine", "policy.model=/models/policy"]
+    preflight.check_names(load("configs/quickstart.yaml", [*by_question, *untrained]))
+
+
+def test_an_expert_s_parts_must_be_tasks_that_its_template_can_ask_and_tell_apart(models: Path) -> None:
+    plus, twice = ({"name": name, "plugin": f"tests.zoo.plugin:{name}"} for name in ("Plus", "Twice"))
+    both = {"name": "both", "compose": ["Plus", "Twice"], "size": 200}
+    other = both | {"name": "other", "compose": ["Twice", "Plus"]}
+
+    def made(expert: dict[str, Any], *tasks: dict[str, Any]) -> RunConfig:
+        return config(models, expert, {}, data={"tasks": [plus, twice, *tasks]})
+
+    with pytest.raises(ConfigError, match=r"experts.0.parts: 'plus' is none of data.tasks: Plus, Twice"):
+        made({"parts": ["plus"], "template": "{question}"}, both)
+    for wrong in ({}, {"template": "{prompt}"}):
+        with pytest.raises(ConfigError, match=r"experts.0.template must say where: give it one with {question}"):
+            made({"parts": ["Plus"]} | wrong, both)
+    asked = {"parts": ["Plus"], "template": "{question}"}
+    with pytest.raises(ConfigError, match=r"the same wording and other parts.*: give one of them a template"):
+        made(asked, both, other)
+    run = made(asked, both, other | {"template": "{part1} | {part2}"})
+    style, tasks = run.prompt_style, build_tasks(run.data)
+    for prompt in (prompt for task in tasks.values() for prompt in task.train):
+        own = [part["question"] for part in questions_of(prompt) if part["task"] == "Plus"]
+        content = prompt.messages[-1]["content"]
+        assert style.question(content, ["Plus"]) == (own or [prompt.payload["question"]])[0]
+        assert style.question(content) == prompt.payload["question"]
+    preflight.check_parts(run, tasks)
+    unclear = made(asked, both, other | {"template": "{part1} and {part2}"})
+    with pytest.raises(ConfigError, match="in a prompt of task 'other' nobody can tell where the question 'What is"):
+        preflight.check_parts(unclear, build_tasks(unclear.data))
+    composed = "Problem 1: 1 + 1\nProblem 2: twice 2\nWhat is the sum of the two answers?"
+    found = {content: style.question(content, ["Plus"]) for content in (composed + "\nAnswer:", "twice 3 | 2 + 2")}
+    assert list(found.values()) == ["1 + 1", "2 + 2"]
+    assert [style.question(content) for content in found] == [composed, "twice 3 | 2 + 2"]
 
 
 def test_a_package_that_a_quantised_model_needs_is_named(models: Path) -> None:

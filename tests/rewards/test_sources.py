@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rewards.config import DataConfig
+from rewards.forms import number_words
 from rewards.sources import Task, build_tasks, of_length
 from rewards.verify import RewardsError
 from tests.rewards.conftest import BOTH, LEGS, SUMS, data_of
@@ -103,6 +104,69 @@ def test_every_operation_says_what_it_combines(operation: str, compose: list[str
         assert int(prompt.answer) == combined(*(int(part["answer"]) for part in prompt.payload["parts"]))
 
 
+@pytest.mark.parametrize(
+    ("operation", "compose", "asked", "combined"),
+    [
+        ("words", ["sums"], "Write the answer in English words.", lambda a: NUMBER_WORDS[a]),
+        ("roman", ["sums"], "Write the answer as a Roman numeral.", lambda a: ROMAN[a]),
+        ("parity", ["sums"], "Is the answer odd or even?", lambda a: ["even", "odd"][a % 2]),
+        (
+            "sentence",
+            ["legs"],
+            'begins with "The answer is" and ends with a full stop.',
+            lambda a: f"The answer is {a}.",
+        ),
+        ("larger", ["sums", "legs"], "first, second or equal.", lambda a, b: LARGER[(a > b) - (a < b)]),
+    ],
+)
+def test_an_answer_in_another_form_needs_what_the_policy_knows(
+    operation: str, compose: list[str], asked: str, combined: Any
+) -> None:
+    form = {"name": "form", "compose": compose, "operation": operation, "size": 100}
+    task = build_tasks(data_of(form, SUMS | {"size": 300}, LEGS | {"size": 300}))["form"]
+    for prompt in (*task.train, *task.test):
+        parts = prompt.payload["parts"]
+        assert all(part["question"] in prompt.text for part in parts)
+        assert prompt.text.endswith(f"{asked}\nAnswer:") and ("Problem 1: " in prompt.text) == (len(parts) == 2)
+        assert prompt.answer == combined(*(int(part["answer"]) for part in parts))
+        assert task.verifier.score(f" {prompt.answer}\n", prompt) == 1.0
+        others = {other.answer for other in task.train} - {prompt.answer}
+        assert len(others) > 0 and not any(task.verifier.score(other, prompt) for other in others)
+
+
+NUMBER_WORDS = [number_words(value) for value in range(13)]
+ROMAN = ["", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
+LARGER = ["equal", "first", "second"]
+
+
+def test_answers_that_an_operation_cannot_write_are_left_out_or_refused() -> None:
+    roman = {"name": "roman", "compose": ["sums"], "operation": "roman"}
+    with pytest.raises(RewardsError, match="'roman': operation roman can write none of the answers of its part 'sums'"):
+        build_tasks(data_of(roman, SUMS | {"answers": {"min": 0, "max": 0}}))
+
+
+def test_a_task_s_own_template_can_have_examples_in_front_and_the_parts_questions() -> None:
+    words = {"name": "words", "compose": ["sums"], "operation": "words", "size": 100}
+    own = "Word: what is 2 + 1? three\n\nWord: {part1}"
+    pair = {"name": "pair", "compose": ["legs", "sums"], "operation": "larger", "size": 50}
+    settings = [
+        words | {"template": own},
+        pair | {"template": "{part2} or {part1}:"},
+        SUMS | {"template": "<{question}>"},
+    ]
+    found = build_tasks(data_of(*settings, LEGS))
+    for prompt in found["words"].train:
+        (part,) = prompt.payload["parts"]
+        assert (
+            prompt.text == own.replace("{part1}", part["question"]) and prompt.payload["question"] == part["question"]
+        )
+        assert found["words"].verifier.score(f"{prompt.answer}\n\nWord: what is 1 + 1? two", prompt) == 1.0
+    first, second = found["pair"].train[0].payload["parts"]
+    assert found["pair"].train[0].text == f"{second['question']} or {first['question']}:"
+    assert found["sums"].train[0].text == f"<{found['sums'].train[0].payload['question']}>"
+    assert found["legs"].train[0].text.endswith("\nAnswer:")
+
+
 def test_a_local_file_gives_prompts_with_bare_gold_answers(tmp_path: Path) -> None:
     task = build_tasks(data_of({"name": "words", "path": WORDS}, validation=0.01, test=0.01))["words"]
     prompts = {prompt.text: prompt for prompt in (*task.train, *task.validation, *task.test)}
@@ -190,6 +254,21 @@ def test_compositions_need_plain_parts_with_integer_answers() -> None:
     ("task", "message"),
     [
         ({"compose": ["t2"]}, "compose takes 2 or 3 tasks, got 1"),
+        ({"compose": ["t2"]}, "operation: sum.; for 1 set operation to words, roman, parity, sentence"),
+        ({"compose": ["t2", "t2"], "operation": "words"}, "compose takes 1 tasks, got 2 .* set operation to sum, diff"),
+        ({"compose": ["t2"], "operation": "larger"}, "compose takes 2 tasks, got 1 .operation: larger.; for 1 set"),
+        ({"compose": ["t2"] * 4, "operation": "larger"}, "compose takes 2 tasks, got 4 .operation: larger. .type"),
+        (
+            {"compose": ["t2"], "operation": "words", "verifier": "number"},
+            "number reads no .* words: leave verifier out",
+        ),
+        ({"compose": ["t2"], "operation": "words", "template": "Say"}, "template must contain {question} or {part1}"),
+        ({"compose": ["t2", "t2"], "template": "{part1}"}, "must contain {question} or {part1}, {part2}"),
+        ({"compose": ["t2", "t2"], "template": "{question}{part3}"}, "template has {part3}, but compose names 2 tasks"),
+        ({"dataset": "chain_sum", "template": "{part1}"}, "template must contain {question} .type"),
+        ({"dataset": "chain_sum", "template": "{question}{part1}"}, "template has {part1}, but compose names no tasks"),
+        ({"dataset": "chain_sum", "operation": "words"}, "operation is for compose; dataset takes none"),
+        ({"plugin": PLUGIN, "template": "{question}"}, "template is for dataset or .*; plugin takes none"),
         ({"path": "x.jsonl", "config": {"min_terms": 1}}, "config is for dataset; path takes none"),
         ({"dataset": "a", "answers": {"min": 3, "max": 1}}, "answers.min is 3, above answers.max, 1"),
     ],

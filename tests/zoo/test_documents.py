@@ -16,7 +16,8 @@ from cluster.zoo.models import answer_logits, greedy, new_model, train_tokenizer
 from cluster.zoo.recipe import HintRecipe, ModelRecipe, Phase, Recipe, TokenizerRecipe
 from cluster.zoo.training import loss_of, train
 from cluster.zoo.worker import save_tokenizer
-from rewards.sources import Task
+from rewards.sources import Task, build_tasks
+from rewards.splits import questions_of
 from rollout.sequence import lay_out_completions, lay_out_prompts
 
 
@@ -55,6 +56,17 @@ def test_hints_are_what_their_text_is_in_tokens(recipe: Recipe, tasks: dict[str,
     assert {row[2] for row in with_others} == {tokenizer.encode(twice.answer)[0]}
     assert len({row[0] for row in with_others}) > 3
     assert hints.operands({"plus": "I do not know", "twice": "4"}) == tokenizer.encode("#+4#####")
+
+
+def test_a_world_that_is_split_by_question_trains_on_no_held_out_one(recipe: Recipe, tokenizer: Any) -> None:
+    tasks = build_tasks(recipe.data.model_copy(update={"split_by": "question"}))
+    corpora = [ExpertCorpus(expert, tasks, tokenizer) for expert in recipe.experts]
+    corpora.append(PolicyCorpus(recipe.policy, tasks, tokenizer))
+    entries = [entry for corpus in corpora for pool in corpus.pools.entries.values() for entry in pool]
+    trained = {part["question"] for entry in entries for part in questions_of(entry.prompt)}
+    held_out = [prompt for task in tasks.values() for prompt in (*task.validation, *task.test)]
+    assert len(trained) > 50 and len(held_out) > 50
+    assert not trained & {part["question"] for prompt in held_out for part in questions_of(prompt)}
 
 
 def test_an_experts_target_is_its_own_part(recipe: Recipe, tasks: dict[str, Task], tokenizer: Any) -> None:
