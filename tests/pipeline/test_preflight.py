@@ -14,6 +14,7 @@ import yaml
 
 from cluster.config import ConfigError, RunConfig, load, parse
 from cluster.run import preflight
+from cluster.serve.opening import Ready
 from experts.chat import Chat
 from experts.loading import ModelError, load_frozen, load_tokenizer
 from rewards.sources import build_tasks
@@ -296,6 +297,14 @@ def test_an_expert_s_parts_must_be_tasks_that_its_template_can_ask_and_tell_apar
     found = {content: style.question(content, ["Plus"]) for content in (composed + "\nAnswer:", "twice 3 | 2 + 2")}
     assert list(found.values()) == ["1 + 1", "2 + 2"]
     assert [style.question(content) for content in found] == [composed, "twice 3 | 2 + 2"]
+
+
+def test_a_question_that_is_served_comes_under_the_template_of_all_tasks(models: Path) -> None:
+    task = {"name": "digits", "plugin": "tests.plugins:Digits"}
+    words = {"name": "words", "compose": ["digits"], "operation": "words", "template": "2 + 1 = three\n{part1} ="}
+    run = config(models, {}, {}, data={"tasks": [words, task], "template": "Q: {question}"})
+    ready = Ready(trained=None, config=run, shape=None)  # type: ignore[arg-type] - its words depend on neither
+    assert ready.messages("2 + 2") == ({"role": "user", "content": "Q: 2 + 2"},)
 
 
 def test_a_package_that_a_quantised_model_needs_is_named(models: Path) -> None:

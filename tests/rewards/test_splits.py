@@ -236,3 +236,10 @@ def test_the_check_names_a_question_that_is_in_two_splits() -> None:
     check_questions({"both": {"train": [asked("both", "1 + 0", "2 - 1")]}, "sums": {"train": [alone]}})
     with pytest.raises(RewardsError, match=r"task 'sums': .* in test, and in train of task 'both': '1 \+ 0'"):
         check_questions({"both": {"train": [asked("both", "2 - 1", "1 + 0")]}, "sums": {"test": [alone]}})
+
+
+def test_a_source_s_own_splits_cannot_bring_a_held_out_question_into_training() -> None:
+    doubles, trained = ({"name": name, "plugin": f"tests.rewards.verifiers:{name}"} for name in ("Doubles", "Trained"))
+    build_tasks(data_of(doubles, trained))
+    with pytest.raises(RewardsError, match=r"task 'Trained': this question is in train, and in .* of task 'Doubles'"):
+        build_tasks(data_of(doubles, trained, split_by="question"))

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -135,3 +135,10 @@ def evaluates(completion: str, prompt: Prompt) -> float:
         return float(str(eval(completion)) == prompt.answer)
     except (Exception, SystemExit):  # noqa: BLE001 - whatever the text raises
         return 0.0
+
+
+class Trained(Doubles):
+    """Whose own splits hold nothing out."""
+
+    def entries(self) -> list[Prompt]:
+        return [replace(entry, payload=entry.payload | {"split": "train"}) for entry in super().entries()]
