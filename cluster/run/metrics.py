@@ -40,6 +40,7 @@ class PipelineState:
 
 # Metrics that depend on the machine, not on the computation: two equal runs may differ in these.
 MACHINE_PREFIXES = (
+    "experts/",
     "operations/experts",
     "operations/rollout",
     "time/",
