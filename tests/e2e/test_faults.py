@@ -175,6 +175,7 @@ def test_chaos_ten_workers_and_the_driver_are_killed(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_killed_at_ten_moments_is_resumed_each_time(runs: Runs) -> None:
     rng = random.Random(2)
     updates = 120
