@@ -25,7 +25,7 @@ STACK_WAIT_S = 20.0
 STATE_S = 20  # for an answer of Ray's state API, which on a busy machine may take several seconds
 LONGEST_S = 30.0  # until a process to send a signal has started
 LOG_LINES = 40
-LOG_WAIT_S = 5.0
+LOG_WAIT_S = 20.0
 ACTOR_ID = re.compile(r"actor_id=([0-9a-f]+)")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 RAYS_MARKS = re.compile(r"^:(job_id|actor_name|task_name):.*\n?", re.MULTILINE)
