@@ -302,8 +302,9 @@ def check_prompts(config: RunConfig, tasks: Mapping[str, Task], note: Callable[[
     path, chat = model_path(config.policy.model), chat_of(config, config.policy)
     check_parts(config, tasks)
     for key, engine in config.engines().items():
-        _check_template(config, key, engine, next(iter(tasks.values())))
-        if config.data.date is None and chat_of(config, engine).prints_date:
+        own = chat_of(config, engine)
+        _check_template(config, key, engine, own, next(iter(tasks.values())))
+        if config.data.date is None and own.prints_date:
             note(f"{key}.model: its chat template prints the date, and this run has none (data.date): it reads today's")
     if config.data.max_prompt_tokens is None:
         texts = {p.text: p for task in tasks.values() for p in (*task.train, *task.validation, *task.test)}
@@ -345,7 +346,7 @@ def chat_of(config: RunConfig, engine: EngineConfig) -> Chat:
     return Chat(load_tokenizer(model_path(engine.model)), settings)
 
 
-def _check_template(config: RunConfig, key: str, engine: EngineConfig, task: Task) -> None:
+def _check_template(config: RunConfig, key: str, engine: EngineConfig, chat: Chat, task: Task) -> None:
     """Every model must be able to render what it will be shown."""
     messages: Messages = next(iter((*task.train, *task.test))).messages
     without = "without data.system there is no system message"
@@ -353,7 +354,7 @@ def _check_template(config: RunConfig, key: str, engine: EngineConfig, task: Tas
         messages = worded(messages, engine.template, engine.system, config.prompt_style, engine.parts)
         without = f'{key}.system: "" leaves out the system message'
     try:
-        chat_of(config, engine).tokenize(messages)
+        chat.tokenize(messages)
     except ChatError as error:
         raise ConfigError(f"{key}.model: {error}; {without}") from error
 
