@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from experts.bidirectional import is_encoder
 from experts.config import CacheConfig, ExpertConfig
 from experts.expert import Expert
 from experts.loading import ModelError, check_end_token, describe, load_frozen, weights_sha256
-from tests.models import CHARACTERS
+from tests.models import CHARACTERS, make
 
 TEXTS = ["12 + 34 =", "ab", "a longer text of many tokens"]
 
@@ -118,15 +120,18 @@ def test_it_is_the_same_model_whenever_it_is_loaded(bert: Path) -> None:
     assert weights_sha256(untrained.model) != weights_sha256(one.model)
 
 
-def test_a_file_that_lacks_weights_is_refused(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "lost"),
+    [(make_bert, "layer.1.output.dense.bias"), (partial(make, family="llama"), "mlp.down_proj.weight")],
+)
+def test_a_file_that_lacks_weights_is_refused(build: Callable[[Path], Path], lost: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    copy = make_bert(tmp_path / "bert")
+    copy = build(tmp_path / "model")
     tensors = load_file(copy / "model.safetensors")
-    lost = next(name for name in tensors if name.endswith("layer.1.output.dense.bias"))
-    del tensors[lost]
+    del tensors[next(name for name in tensors if name.endswith(lost))]
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"cannot be loaded: its files hold no .*layer.1.output.dense.bias"):
+    with pytest.raises(ModelError, match=rf"cannot be loaded: its files hold no .*{lost}"):
         load_frozen(str(copy))
 
 
