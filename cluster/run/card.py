@@ -46,7 +46,7 @@ def _front_matter(config: RunConfig) -> str:
 
 def _is_hub_name(model: str) -> bool:
     named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)
-    ours = zoo.is_zoo(model) or sources.is_cached(model)
+    ours = zoo.is_zoo(model) or sources.belongs_to_cache(model)
     return bool(named) and not ours and not Path(model).expanduser().exists()
 
 

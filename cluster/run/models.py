@@ -25,7 +25,7 @@ def is_missing(reference: str) -> bool:
     """Whether a model is one that a run builds, fetches or converts by itself, and has not yet."""
     if zoo.is_zoo(reference):
         return any(not zoo.is_built(zoo.world_folder(load_recipe(w))) for w in zoo.worlds_named_by([reference]))
-    return sources.is_cached(reference) and sources.find(reference) is None
+    return sources.belongs_to_cache(reference) and sources.find(reference) is None
 
 
 def check_references(config: RunConfig) -> None:
