@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from experts.config import EngineConfig
-from experts.kv_cache import is_recurrent
+from experts.kv_cache import is_recurrent, new_cache
 from experts.loading import ModelError
 from experts.relay import relayed
 from experts.vllm_install import ENVIRONMENT, check_installed
@@ -371,11 +371,11 @@ def _stopping(stop: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_recurrent(path: str) -> bool:
-    from transformers import AutoConfig, DynamicCache
+    from transformers import AutoConfig
 
     try:
-        return any(map(is_recurrent, DynamicCache(config=AutoConfig.from_pretrained(path)).layers))
-    except KeyError:  # a kind of layer that transformers has no cache for
+        return any(map(is_recurrent, new_cache(AutoConfig.from_pretrained(path)).layers))
+    except ModelError:  # a kind of layer that is not known
         return True
 
 
